@@ -1,0 +1,146 @@
+"""From YAML files and `key=value` overrides to a checked RunConfig. The one door to omegaconf.
+
+A file may name others to start from: `include: [quickstart.yaml]`, relative to itself; later files win, the file
+itself wins over what it includes, overrides win over all. Every problem is reported at once, with the full key
+and the file it came from. There are no interpolations: a config cannot read the environment it will be logged with.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.hooks import resolve_hooks
+from configs.schema import RunConfig
+from trainer.errors import ConfigError
+
+_MAX_BYTES = 1 << 20
+_OVERRIDE = "command line"
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
+    """Read, merge and check a run configuration for `world_size` ranks.
+
+    Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
+    """
+    problems: list[str] = []
+    leaves: list[tuple[tuple[str, ...], Any, str]] = []
+    for source, tree in [*_read_with_includes(Path(path), ()), *_parse_overrides(overrides)]:
+        leaves += [(key, value, source) for key, value in _leaves(tree, ())]
+
+    merged: DictConfig = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(merged, False)
+    for key, value, source in leaves:
+        try:
+            merged = _merge_leaf(merged, key, value)
+        except (OmegaConfBaseException, ValueError) as error:
+            problems.append(f"{source}: {'.'.join(key)}: {_one_line(error)}")
+    if problems:
+        raise ConfigError(*problems)
+
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, RunConfig)
+    resolved, hook_problems = resolve_hooks(config.hooks)
+    problems = config.problems(world_size) + hook_problems
+    if problems:
+        raise ConfigError(*(f"{path}: {line}" for line in problems))
+    return dataclasses.replace(config, hooks=resolved)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML; loading it gives an equal RunConfig."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as nested plain values (tuples become lists)."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def convert_options(schema: type[Any], options: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """An instance of the dataclass `schema` with `options`, strictly typed, and what was wrong with each option."""
+    merged: DictConfig = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(merged, False)
+    problems = []
+    for key, value in _leaves(options, ()):
+        try:
+            merged = _merge_leaf(merged, key, value)
+        except (OmegaConfBaseException, ValueError) as error:
+            problems.append(f"{'.'.join(key)}: {_one_line(error)}")
+    return OmegaConf.to_object(merged), problems
+
+
+def _read_with_includes(path: Path, stack: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.resolve() in stack:
+        raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in stack)}")
+    tree = _read(path)
+    included = tree.pop("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ConfigError(f"{path}: include: must be a list of file names, not {included!r}")
+    for name in included:
+        yield from _read_with_includes(path.parent / name, (*stack, path.resolve()))
+    yield str(path), tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: is larger than 1 MiB; this is not a configuration file")
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+        raise ConfigError(f"{path}: no such config file; presets in configs/: {presets}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; name a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    tree = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for item in overrides:
+        if "=" not in item or item.startswith("-"):
+            raise ConfigError(f"{_OVERRIDE}: '{item}' is not of the form key=value")
+        try:
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{_OVERRIDE}: '{item}' cannot be read ({_one_line(error)})") from None
+        assert isinstance(tree, dict)
+        yield _OVERRIDE, {str(key): value for key, value in tree.items()}
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        path = (*prefix, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _merge_leaf(config: DictConfig, key: tuple[str, ...], value: Any) -> DictConfig:
+    if "${" in str(value):
+        raise ValueError("interpolation (${...}) is not supported; write the value")
+    for part in reversed(key):
+        value = {part: value}
+    merged = OmegaConf.merge(config, value)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error, which names the problem; the rest repeats the key we already print."""
+    lines = str(error).splitlines()
+    hints = [line.strip() for line in lines[1:] if "Did you mean" in line]
+    return " ".join([lines[0] if lines else type(error).__name__, *hints])

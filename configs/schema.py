@@ -1,0 +1,55 @@
+"""The run configuration: one dataclass per owner, nested, and the checks that need more than one of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe.config import ModelConfig
+from trainer.checkpoint import CheckpointConfig
+from trainer.data.config import DataConfig
+from trainer.engine import EngineConfig
+from trainer.evaluate import EvaluationConfig
+from trainer.loop import TrainConfig
+from trainer.optim import OptimizerConfig
+from trainer.schedule import ScheduleConfig
+from trainer.wandb_sink import WandbConfig
+
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on besides the machine."""
+
+    name: str = "run"
+    """Name of the run, and of its folder under runs/ unless run_dir is set."""
+    run_dir: str = ""
+    """Folder of the run; empty means runs/<name>. Starting again with the same folder resumes."""
+    seed: int = 0
+    """Seed of initial weights, dropout and sample order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """Hooks by label: `{hook: name or package.module:Class (default: the label), enabled: bool, ...its options}`."""
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.run_dir or f"runs/{self.name}"
+
+    def problems(self, world_size: int) -> list[str]:
+        """Every inconsistency of the run on `world_size` ranks, each line beginning with the full key."""
+        found = [f"{section}.{line}" for section in SECTIONS for line in getattr(self, section).problems()]
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            found.append(f"name: '{self.name}' is not a folder name; use letters, digits, - and _")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed: {self.seed} must be in [0, 2^32)")
+        found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
+        return found

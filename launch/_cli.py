@@ -1,0 +1,53 @@
+"""What every command shares: one line for a user's mistake, and the exit code that goes with it."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageError
+
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+# gloo reports a lost peer as a plain RuntimeError; these are the openings of its messages.
+_PEER_LOST_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
+
+
+def classify(error: BaseException) -> EvenkeelError | None:
+    """The error as one of ours if the user, the disk or a peer caused it; None if it looks like a bug of ours."""
+    if isinstance(error, EvenkeelError):
+        return error
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        where = f" {error.filename}" if error.filename else ""
+        return StorageError(f"storage:{where}: {error.strerror}; free space or make the path writable, then start again")
+    name = type(error).__name__
+    if name in {"DistNetworkError", "DistStoreError", "DistBackendError"}:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        return PeerLostError(f"process group at {address}: {_first_line(error)}; choose a free port or start all ranks")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _PEER_LOST_SIGNS):
+        return PeerLostError(f"another rank is gone or silent: {_first_line(error)}; look at its log, start again")
+    return None
+
+
+def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Run `main` and turn errors into one line on stderr and an exit code; a bug keeps its traceback (exit 1)."""
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        known = classify(error)
+        if known is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        # Every rank meets the same configuration error: one of them is enough to say it.
+        if rank == "0" or not isinstance(known, ConfigError):
+            prefix = f"error (rank {rank}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
+            for line in str(known).splitlines():
+                sys.stderr.write(f"{prefix}{line}\n")
+            logging.getLogger("evenkeel").debug("failed", exc_info=error)
+        return known.exit_code
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,29 @@
+"""`torchrun` with our exit codes: the same arguments, but a worker's exit code reaches the caller.
+
+Plain `torchrun` starts the same training; it just ends with exit code 1 and a stack of its own whatever the
+worker's code was. A scheduler that must tell "wrong config" (2) from "preempted and saved" (75) uses this.
+"""
+
+import sys
+
+from launch._cli import run_command
+from trainer.errors import PeerLostError
+
+
+def main(argv: list[str]) -> int:
+    """Run torch.distributed.run on `argv`; return 0 or the exit code of the first worker that failed."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.run(torchrun.parse_args(argv))
+    except ChildFailedError as error:
+        # Workers that lost a peer fail with 5, often before the agent sees the one that caused it: prefer the cause.
+        codes = [failure.exitcode for failure in error.failures.values()]
+        cause = next((code for code in codes if code > 0 and code != PeerLostError.exit_code), None)
+        return cause if cause is not None else PeerLostError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

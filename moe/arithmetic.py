@@ -1,0 +1,58 @@
+"""Parameters and FLOPs of a configuration, counted without building a tensor.
+
+Shape letters: D model width, F intermediate width, E experts, K experts a token uses, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from moe.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by component: all of them, and those a token meets."""
+
+    total: dict[str, int]
+    active: dict[str, int]
+
+    @property
+    def num_total(self) -> int:
+        return sum(self.total.values())
+
+    @property
+    def num_active(self) -> int:
+        return sum(self.active.values())
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
+    """Parameters of `MoEDecoder(config)`; equal to the sum over its tensors."""
+    width, head, layers, sparse = config.hidden_size, config.head_size, config.num_layers, config.num_moe_layers
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    attention = width * head * (2 * heads + 2 * kv_heads)
+    attention += head * (heads + 2 * kv_heads) if config.attention_bias else 0
+    norms = 2 * width + (2 * head if config.qk_norm else 0)
+    expert = 3 * width * config.expert_intermediate_size
+    total = {
+        "embedding": vocab_size * width,
+        "attention": layers * attention,
+        "dense mlp": config.num_dense_layers * 3 * width * config.dense_intermediate_size,
+        "routed experts": sparse * config.num_experts * expert,
+        "shared experts": sparse * config.num_shared_experts * expert,
+        "router": sparse * config.num_experts * width,
+        "norms": layers * norms + width,
+        "head": 0 if config.tie_embeddings else vocab_size * width,
+    }
+    return ParameterCount(total, total | {"routed experts": sparse * config.top_k * expert})
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
+    """Model FLOPs of forward and backward for one token, by active parameters.
+
+    6 a parameter of every matrix product a token goes through (the head counts, the embedding look-up does not), and
+    6 * layers * T * heads * head width for causal attention scores and values, half of the full square
+    (Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    active = count_parameters(config, vocab_size).active
+    matrices = sum(active.values()) - active["embedding"] - active["norms"] - active["head"] + vocab_size * config.hidden_size
+    attention = config.num_layers * sequence_length * config.num_heads * config.head_size
+    return 6.0 * matrices + 6.0 * attention

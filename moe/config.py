@@ -1,0 +1,135 @@
+"""The shape of the decoder, and what makes a shape impossible."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+_GROUPED_MM_MULTIPLE = 8  # grouped_mm wants strides of 16 bytes: 8 elements in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder whose first layers are dense and whose others are mixtures of experts."""
+
+    hidden_size: int = 1024
+    """Width of the residual stream (D)."""
+    num_layers: int = 10
+    """Blocks, dense and sparse together."""
+    num_dense_layers: int = 1
+    """First blocks that have a dense feed-forward instead of experts."""
+    dense_intermediate_size: int = 2816
+    """Width of the dense feed-forward."""
+    num_heads: int = 16
+    """Query heads."""
+    num_kv_heads: int = 16
+    """Key and value heads; fewer than num_heads is grouped-query attention."""
+    head_dim: int = 0
+    """Width of a head; 0 means hidden_size / num_heads."""
+
+    num_experts: int = 64
+    """Routed experts a layer (E)."""
+    top_k: int = 6
+    """Routed experts a token uses (K)."""
+    expert_intermediate_size: int = 512
+    """Width of one routed expert (F)."""
+    num_shared_experts: int = 2
+    """Experts every token uses, each as wide as a routed one."""
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router score function; always in float32."""
+    normalize_gates: bool = True
+    """Divide the chosen scores by their sum."""
+    routed_scale: float = 1.0
+    """Factor on the output of the routed experts."""
+    num_groups: int = 1
+    """Groups of experts for group-limited routing (DeepSeek-V3); 1 turns it off."""
+    top_groups: int = 1
+    """Groups a token may choose experts from."""
+
+    qk_norm: bool = False
+    """RMSNorm on each query and key head."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections."""
+    partial_rotary: float = 1.0
+    """Share of each head that rotary positions turn."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 layers)."""
+    dropout: float = 0.0
+    """Dropout on the output of attention and feed-forward."""
+    activation_recompute: Literal["none", "block"] = "none"
+    """Recompute each block's activations in the backward instead of keeping them."""
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head with the default resolved."""
+        return self.head_dim or self.hidden_size // max(self.num_heads, 1)
+
+    @property
+    def rotary_size(self) -> int:
+        """Leading elements of a head that are rotated; even."""
+        return int(self.head_size * self.partial_rotary) // 2 * 2
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with routed experts (L)."""
+        return self.num_layers - self.num_dense_layers
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = []
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("num_dense_layers", "head_dim", "num_shared_experts"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}: {getattr(self, name)} is negative")
+        if found:
+            return found
+        if not self.head_dim and self.hidden_size % self.num_heads:
+            found.append(f"num_heads: {self.num_heads} does not divide hidden_size ({self.hidden_size}); or set head_dim")
+        if self.num_heads % self.num_kv_heads:
+            found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads ({self.num_heads})")
+        if self.head_size % 2:
+            found.append(f"head_dim: {self.head_size} is odd; rotary positions need an even width")
+        if not 0 < self.partial_rotary <= 1:
+            found.append(f"partial_rotary: {self.partial_rotary} must be in (0, 1]")
+        if self.num_dense_layers > self.num_layers:
+            found.append(f"num_dense_layers: {self.num_dense_layers} is more than num_layers ({self.num_layers})")
+        if self.num_dense_layers and self.dense_intermediate_size < 1:
+            found.append(f"dense_intermediate_size: {self.dense_intermediate_size} must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std", "routed_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                found.append(f"{name}: {value} must be finite and positive")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout: {self.dropout} must be in [0, 1)")
+        return found + (self._expert_problems() if self.num_moe_layers > 0 else [])
+
+    def _expert_problems(self) -> list[str]:
+        found = []
+        if self.num_experts < 1:
+            found.append(f"num_experts: {self.num_experts} must be at least 1 (all-dense: num_dense_layers = num_layers)")
+            return found
+        if not 1 <= self.top_k <= self.num_experts:
+            found.append(f"top_k: {self.top_k} must be between 1 and num_experts ({self.num_experts})")
+        for name in ("hidden_size", "expert_intermediate_size"):
+            value = getattr(self, name)
+            if value < 1 or value % _GROUPED_MM_MULTIPLE:
+                found.append(f"{name}: {value} must be a positive multiple of {_GROUPED_MM_MULTIPLE} for grouped products")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            found.append(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
+        elif not 1 <= self.top_groups <= self.num_groups:
+            found.append(f"top_groups: {self.top_groups} must be between 1 and num_groups ({self.num_groups})")
+        elif self.top_k > self.num_experts // self.num_groups * self.top_groups:
+            found.append(
+                f"top_k: {self.top_k} experts cannot come from {self.top_groups} groups of "
+                f"{self.num_experts // self.num_groups}; raise top_groups"
+            )
+        if self.num_groups > 1 and self.num_experts // max(self.num_groups, 1) < 2:
+            found.append(f"num_groups: {self.num_groups} leaves groups of one expert; a group is scored by its best two")
+        return found

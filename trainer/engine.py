@@ -1,0 +1,188 @@
+"""The DeepSpeed engine behind five verbs: forward, backward, step, save, load.
+
+Decisions:
+- DeepSpeed sees a gradient accumulation of one; we tell it which backward is the last of a step. It never
+  scales the loss: objectives arrive normalised over the global batch, and the factor W here only undoes
+  its averaging over ranks.
+- The DeepSpeed dict is generated from `EngineConfig`, because unknown top-level keys in it are ignored silently.
+- Learning rate: set by us before each step, so that a skipped step cannot advance a scheduler.
+- A step whose gradients are not finite changes nothing. DeepSpeed 0.19 checks that itself except for fp32 at
+  stage 0, where it would apply NaN; there the norm, the check and the clipping are ours.
+- This is the only module that imports deepspeed, and it does so late: configs and --help stay fast.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer import ranks
+from trainer.errors import CheckpointError
+
+_CHECKPOINT_TAG = "engine"
+_OWNED_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "offload_param", "offload_optimizer"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs the model."""
+
+    zero_stage: int = 1
+    """ZeRO stage: 0 (nothing sharded), 1 (optimizer state) or 2 (and gradients)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of parameters and activations. bf16 keeps fp32 master weights in the optimizer."""
+    grad_accumulation: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type gradients are accumulated in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
+    bucket_elements: int = 50_000_000
+    """Gradient elements reduced, and parameter elements gathered, in one collective."""
+    collective_timeout_s: float = 600.0
+    """Seconds a collective waits for a silent rank before the run ends with exit code 5."""
+    zero_options: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's `zero_optimization` table, checked by DeepSpeed's own schema."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = []
+        if self.zero_stage == 3:
+            found.append("zero_stage: 3 is not supported yet; use 0, 1 or 2")
+        elif self.zero_stage not in (0, 1, 2):
+            found.append(f"zero_stage: {self.zero_stage} does not exist; use 0, 1 or 2")
+        if self.precision == "fp32" and self.grad_accumulation == "bf16":
+            found.append("grad_accumulation: bf16 with precision fp32 would lose what fp32 keeps; use auto")
+        if self.precision == "bf16" and self.zero_stage == 0 and self.grad_accumulation == "fp32":
+            found.append("grad_accumulation: DeepSpeed cannot accumulate in fp32 with bf16 at zero_stage 0; use stage 1")
+        if self.bucket_elements < 1:
+            found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
+        if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
+            found.append(f"collective_timeout_s: {self.collective_timeout_s} must be a positive number of seconds")
+        if self.zero_options:
+            found += self._zero_option_problems()
+        return found
+
+    def _zero_option_problems(self) -> list[str]:
+        owned = sorted(_OWNED_ZERO_KEYS & self.zero_options.keys())
+        if owned:
+            return [f"zero_options.{key}: is set by another field of engine; remove it" for key in owned]
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from pydantic import ValidationError
+
+        try:
+            DeepSpeedZeroConfig(**self.zero_options)
+        except ValidationError as error:
+            return [f"zero_options.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        return []
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """The type gradients really accumulate in."""
+        if self.grad_accumulation != "auto":
+            return self.grad_accumulation
+        return "bf16" if self.precision == "bf16" and self.zero_stage == 0 else "fp32"
+
+    def deepspeed_dict(self, *, micro_batch_size: int, clip_norm: float) -> dict[str, Any]:
+        """The configuration DeepSpeed is given, complete."""
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self.checks_gradients_itself else clip_norm,
+            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": self.accumulation_dtype},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "reduce_bucket_size": self.bucket_elements,
+                "allgather_bucket_size": self.bucket_elements,
+                **self.zero_options,
+            },
+            "steps_per_print": None,
+        }
+
+    @property
+    def checks_gradients_itself(self) -> bool:
+        """True where DeepSpeed would apply a non-finite gradient, so that norm, check and clipping are ours."""
+        return self.precision == "fp32" and self.zero_stage == 0
+
+
+class EngineStep(NamedTuple):
+    """What one optimizer step did, alike on every rank."""
+
+    applied: bool
+    grad_norm: Tensor | float
+    """Norm of the global gradient before clipping; infinite or NaN if the step was skipped."""
+
+
+class Engine:
+    """One model and its AdamW under DeepSpeed."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, *, micro_batch_size: int, clip_norm: float
+    ) -> None:
+        import deepspeed
+
+        self.config = config
+        self._clip_norm = clip_norm
+        self._optimizer = optimizer
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=config.deepspeed_dict(micro_batch_size=micro_batch_size, clip_norm=clip_norm),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare model on its device, in its precision."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of every target token, float32 [B, T]; 0 where the label is ignored."""
+        losses_BT: Tensor = self._engine(tokens_BT, labels_BT)
+        return losses_BT
+
+    def backward(self, objective: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a scalar that is this rank's share of the globally normalised objective.
+
+        `last`: the final backward of the optimizer step, after which gradients are reduced over ranks.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks, while our shares add up to the objective.
+        self._engine.backward(objective * ranks.world_size(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> EngineStep:
+        """Clip and update, or skip if the gradient is not finite: then parameters and optimizer are untouched."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not self.config.checks_gradients_itself:
+            self._engine.step()
+            return EngineStep(self._engine.was_step_applied(), self._engine.get_global_grad_norm())
+        grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf)
+        # Gradients, and so this decision, are the same bits on every rank after the all-reduce.
+        if not bool(torch.isfinite(grad_norm)):
+            self._engine.zero_grad()
+            return EngineStep(False, grad_norm)
+        self._engine.step()
+        return EngineStep(True, grad_norm)
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer under `folder`; every rank calls it. Atomicity is the caller's business."""
+        self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. DeepSpeed unpickles: verify the files' hashes before calling this."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        if loaded is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; remove it to use an older checkpoint")
+
+
+def adopt_process_group() -> None:
+    """Let DeepSpeed use the process group that exists; builds its CPU extension on the first call ever."""
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device().type == "cuda" else "gloo")

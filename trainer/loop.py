@@ -1,0 +1,228 @@
+"""The training loop: each stage of an optimizer step by name, in the order the data meets them.
+
+    batch -> token losses -> sample losses -> weights -> backward -> step -> hooks -> metrics -> evaluation -> checkpoint
+
+Decisions:
+- A skipped step (a loss or gradient that is not finite) consumes its samples and changes nothing else: no
+  parameter, optimizer moment, learning-rate clock, expert bias or average moves.
+- Schedules run on `applied_steps`, the data and the end of the run on attempted steps.
+- Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved.
+- Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
+"""
+
+import logging
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trainer import ranks
+from trainer.accumulate import AccumulationMode, Accumulator
+from trainer.checkpoint import CheckpointConfig, CheckpointStore, TrainState
+from trainer.data.corpus import TokenCorpus
+from trainer.data.loader import MicroBatch, TrainLoader
+from trainer.engine import Engine
+from trainer.errors import NumericError
+from trainer.evaluate import EvaluationConfig, evaluate
+from trainer.hooks import EvaluationContext, HookList, RunContext, StepResult, StopReason
+from trainer.metrics import MetricBuffer
+from trainer.telemetry import StepTelemetry
+
+log = logging.getLogger("evenkeel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer steps of a run."""
+
+    steps: int = 1000
+    """Optimizer steps to attempt."""
+    global_batch_size: int = 64
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = 8
+    """Samples one rank forwards at once."""
+    sequence_length: int = 1024
+    """Tokens a sample."""
+    loss_normalization: Literal["samples", "tokens"] = "tokens"
+    """What the loss averages over: every sample alike, or every target token alike."""
+    accumulation: Literal["auto", "deferred", "two_pass"] = "auto"
+    """How to see all losses before the backward: keep M graphs, or forward twice. auto: deferred if a hook needs it."""
+    max_skipped_in_a_row: int = 10
+    """Skipped steps in a row that end the run (exit 4)."""
+    write_every: int = 1
+    """Steps whose metrics are copied from the device and written together."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = []
+        for name in (
+            "steps", "global_batch_size", "micro_batch_size", "sequence_length", "max_skipped_in_a_row", "write_every"
+        ):
+            if getattr(self, name) < 1:
+                found.append(f"{name}: {getattr(self, name)} must be at least 1")
+        return found
+
+    def mode(self, hooks: HookList) -> AccumulationMode:
+        """How this run accumulates, given what its hooks need."""
+        if self.accumulation == "auto":
+            return "deferred" if hooks.needs_batch_losses else "streaming"
+        return self.accumulation
+
+    def batch_problems(self, world_size: int) -> list[str]:
+        """Why the global batch cannot be dealt to `world_size` ranks; empty if it can."""
+        unit = self.micro_batch_size * world_size
+        if unit < 1 or self.global_batch_size % unit == 0:
+            return []
+        return [
+            f"global_batch_size: {self.global_batch_size} is not divisible by micro_batch_size x ranks = "
+            f"{self.micro_batch_size} x {world_size} = {unit}; change one of them"
+        ]
+
+
+class StopSignal:
+    """Remembers that SIGTERM came, so that the loop can end between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> Callable[[], None]:
+        """Start listening; returns what restores the previous handler."""
+        previous = signal.signal(signal.SIGTERM, self._on_signal)
+
+        def restore() -> None:
+            signal.signal(signal.SIGTERM, previous)
+
+        return restore
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run: the parts, and the loop that moves data through them."""
+
+    config: TrainConfig
+    engine: Engine
+    hooks: HookList
+    run: RunContext
+    corpus: TokenCorpus
+    loader: TrainLoader
+    learning_rate: Callable[[int], float]
+    """Learning rate as a function of the steps applied so far."""
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    store: CheckpointStore
+    telemetry: StepTelemetry
+    write: Callable[[Sequence[Mapping[str, Any]]], None]
+    """Takes finished rows of metrics, on every rank; only rank 0 need do something."""
+    state: TrainState
+    stop: StopSignal
+
+    def __post_init__(self) -> None:
+        self._accumulator = Accumulator(
+            self.engine,
+            self.hooks,
+            mode=self.config.mode(self.hooks),
+            normalization=self.config.loss_normalization,
+            device=self.run.device,
+        )
+
+    def train(self) -> StopReason:
+        """Train from `state` to the last step or to SIGTERM. Every hook's `on_stop` is called, whatever happens."""
+        reason: StopReason = "error"
+        restore_signal = self.stop.install()
+        try:
+            self.engine.module.train()
+            if self.state.step == 0:
+                self._evaluate()
+            reason = self._steps()
+            return reason
+        finally:
+            restore_signal()
+            # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
+            self.hooks.on_stop(reason)
+
+    def _steps(self) -> StopReason:
+        state, config = self.state, self.config
+        batches = self.loader.batches(state.step)
+        while state.step < config.steps:
+            self.telemetry.start_step()
+            micro_batches = next(batches)
+            self.telemetry.data_is_here()
+
+            stop_requested = self._step(micro_batches)
+            last = stop_requested or state.step == config.steps
+            if last or state.skipped_in_a_row or state.step % config.write_every == 0:
+                self.write(self.telemetry.flush())
+            if state.skipped_in_a_row >= config.max_skipped_in_a_row:
+                raise NumericError(
+                    f"step {state.step}: {state.skipped_in_a_row} steps in a row were skipped; the last checkpoint is "
+                    "intact: lower the learning rate or look at the samples named in log.txt, then start again"
+                )
+            if state.step == config.steps or _due(state.step, self.evaluation.every):
+                self._evaluate()
+            if last or _due(state.step, self.checkpoint.every):
+                self._save()
+            if stop_requested and state.step < config.steps:
+                return "preempted"
+        return "done"
+
+    def _step(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """One optimizer step. Returns whether some rank was asked to stop."""
+        state = self.state
+        learning_rate = self.learning_rate(state.applied_steps)
+        accumulated = self._accumulator.run(
+            micro_batches,
+            step=state.step + 1,
+            applied_steps=state.applied_steps,
+            recorder=self.telemetry.buffer,
+            stop=self.stop.requested,
+        )
+        if accumulated.skip_reason:
+            result = StepResult(applied=False, reason=accumulated.skip_reason)
+            grad_norm: Tensor | float = math.nan
+        else:
+            self.hooks.before_step(accumulated.context)
+            applied, grad_norm = self.engine.step(learning_rate)
+            result = StepResult(applied=applied, reason="" if applied else "gradient is not finite")
+        self.hooks.after_step(accumulated.context, result)
+
+        state.step += 1
+        state.samples += self.config.global_batch_size
+        state.applied_steps += result.applied
+        state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+        if not result.applied and ranks.is_main():
+            first = state.samples - self.config.global_batch_size
+            log.warning(
+                "step %d skipped: %s (samples %d to %d); nothing was changed",
+                *(state.step, result.reason, first, state.samples - 1),
+            )
+        self.telemetry.record_step(
+            state, accumulated.context, accumulated.coefficients_B, result, learning_rate=learning_rate, grad_norm=grad_norm
+        )
+        return accumulated.stop_requested
+
+    def _evaluate(self) -> None:
+        heldout = evaluate(
+            self.engine, self.corpus, self.evaluation, batch_size=self.config.micro_batch_size, device=self.run.device
+        )
+        buffer = MetricBuffer()
+        buffer.record("step", self.state.step)
+        for name, value in heldout.metrics().items():
+            buffer.record(name, value)
+        self.hooks.on_evaluate(EvaluationContext(step=self.state.step, tokens=heldout.tokens, recorder=buffer))
+        buffer.close_step()
+        self.write(buffer.flush())
+
+    def _save(self) -> None:
+        self.telemetry.store_totals(self.state)
+        self.store.save(self.engine, self.hooks, self.state)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

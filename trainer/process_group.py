@@ -1,0 +1,42 @@
+"""Start and stop the process group: NCCL where there is a GPU for each rank, gloo on CPUs.
+
+One process without torchrun gets a group of one on an in-memory store, so that no port is needed.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer import ranks
+
+
+def start_process_group(timeout_s: float) -> None:
+    """Join the group that torchrun described in the environment, and hand it to DeepSpeed.
+
+    `timeout_s`: how long a collective waits for a silent peer before this rank gives up.
+    """
+    device = ranks.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from trainer.engine import adopt_process_group
+
+        adopt_process_group()
+
+
+def stop_process_group() -> None:
+    """Leave the group. Only after success: after an error other ranks may never come."""
+    if ranks.is_distributed():
+        dist.destroy_process_group()
