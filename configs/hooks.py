@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from configs.typed import convert_options
 from trainer.errors import ConfigError
 from trainer.hooks import Hook, HookList
 from trainer.registry import find_hook
@@ -57,8 +58,6 @@ def _complete_options(hook_class: type[Hook], options: dict[str, Any]) -> tuple[
     """Options with defaults. A hook with a `Config` dataclass is checked by it, any other by its signature."""
     schema = getattr(hook_class, "Config", None)
     if schema is not None:
-        from configs.loader import convert_options
-
         config, problems = convert_options(schema, options)
         if not problems and hasattr(config, "problems"):
             problems = list(config.problems())
@@ -83,5 +82,5 @@ def _complete_options(hook_class: type[Hook], options: dict[str, Any]) -> tuple[
 def _instantiate(hook_class: type[Hook], options: Mapping[str, Any]) -> Hook:
     schema = getattr(hook_class, "Config", None)
     make: Any = hook_class
-    hook: Hook = make(schema(**options)) if schema is not None else make(**options)
+    hook: Hook = make(**options) if schema is None else make(convert_options(schema, options)[0])
     return hook

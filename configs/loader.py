@@ -1,4 +1,4 @@
-"""From YAML files and `key=value` overrides to a checked RunConfig. The one door to omegaconf.
+"""From YAML files and `key=value` overrides to a checked RunConfig.
 
 A file may name others to start from: `include: [quickstart.yaml]`, relative to itself; later files win, the file
 itself wins over what it includes, overrides win over all. Every problem is reported at once, with the full key
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.hooks import resolve_hooks
 from configs.schema import RunConfig
+from configs.typed import Leaf, build_typed, leaves_of, one_line
 from trainer.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
@@ -27,23 +28,12 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_si
 
     Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
     """
-    problems: list[str] = []
-    leaves: list[tuple[tuple[str, ...], Any, str]] = []
+    leaves: list[Leaf] = []
     for source, tree in [*_read_with_includes(Path(path), ()), *_parse_overrides(overrides)]:
-        leaves += [(key, value, source) for key, value in _leaves(tree, ())]
-
-    merged: DictConfig = OmegaConf.structured(RunConfig)
-    OmegaConf.set_readonly(merged, False)
-    for key, value, source in leaves:
-        try:
-            merged = _merge_leaf(merged, key, value)
-        except (OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{source}: {'.'.join(key)}: {_one_line(error)}")
+        leaves += leaves_of(tree, source)
+    config, problems = build_typed(RunConfig, leaves)
     if problems:
         raise ConfigError(*problems)
-
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, RunConfig)
     resolved, hook_problems = resolve_hooks(config.hooks)
     problems = config.problems(world_size) + hook_problems
     if problems:
@@ -61,19 +51,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def convert_options(schema: type[Any], options: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """An instance of the dataclass `schema` with `options`, strictly typed, and what was wrong with each option."""
-    merged: DictConfig = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(merged, False)
-    problems = []
-    for key, value in _leaves(options, ()):
-        try:
-            merged = _merge_leaf(merged, key, value)
-        except (OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{'.'.join(key)}: {_one_line(error)}")
-    return OmegaConf.to_object(merged), problems
 
 
 def _read_with_includes(path: Path, stack: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -115,32 +92,6 @@ def _parse_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Mapping[st
         try:
             tree = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{_OVERRIDE}: '{item}' cannot be read ({_one_line(error)})") from None
+            raise ConfigError(f"{_OVERRIDE}: '{item}' cannot be read ({one_line(error)})") from None
         assert isinstance(tree, dict)
         yield _OVERRIDE, {str(key): value for key, value in tree.items()}
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        path = (*prefix, str(key))
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, path)
-        else:
-            yield path, value
-
-
-def _merge_leaf(config: DictConfig, key: tuple[str, ...], value: Any) -> DictConfig:
-    if "${" in str(value):
-        raise ValueError("interpolation (${...}) is not supported; write the value")
-    for part in reversed(key):
-        value = {part: value}
-    merged = OmegaConf.merge(config, value)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of an error, which names the problem; the rest repeats the key we already print."""
-    lines = str(error).splitlines()
-    hints = [line.strip() for line in lines[1:] if "Did you mean" in line]
-    return " ".join([lines[0] if lines else type(error).__name__, *hints])

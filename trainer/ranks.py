@@ -59,7 +59,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     if not is_distributed():
         return tensor.unsqueeze(0)
     gathered = tensor.new_empty((world_size(), *tensor.shape))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    dist.all_gather_into_tensor(gathered, tensor.contiguous().unsqueeze(0))
     return gathered
 
 

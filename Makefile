@@ -1,0 +1,60 @@
+# Two commands matter: `make train` and `make test`. Both set up .venv from constraints.txt if it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# DeepSpeed builds with ninja, and torchrun is looked up, on PATH.
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+CONFIG ?= configs/quickstart.yaml
+# One rank a GPU, or two ranks on a CPU.
+RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow check static bench gpu clean
+
+help: ## show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(READY) ## create .venv and build what DeepSpeed compiles on first use
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; install g++ (DeepSpeed compiles an extension)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first, at its exact version: with no torch installed, a looser requirement elsewhere pulls gigabytes of CUDA.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m launch.warmup
+	@touch $(READY)
+
+train: $(READY) ## prepare the quickstart's text and train it (CONFIG=..., RANKS=...)
+	$(BIN)/python -m launch.prepare $(CONFIG)
+	$(BIN)/python -m launch.torchrun --standalone --nproc_per_node=$(RANKS) -m launch.train $(CONFIG)
+
+test: $(READY) ## run the tests (not the slow ones)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## run the long matrices
+	$(BIN)/python -m pytest -m slow
+
+static: $(READY) ## format, lint, types, imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: static ## everything a commit must pass: static checks and the tests that take seconds
+	$(BIN)/python -m pytest --ignore=tests/dist --ignore=tests/launch
+
+gpu: ## on a machine with a CUDA GPU: device tests and a short bf16 training over NCCL
+	bash launch/gpu.sh
+
+clean: ## remove .venv, prepared data and caches; runs/ stays
+	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,78 @@
+"""Plain nested values into dataclasses, strictly typed, with every problem reported rather than the first."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class Leaf(NamedTuple):
+    """One value of a configuration, where it goes and where it came from."""
+
+    key: tuple[str, ...]
+    value: Any
+    source: str
+
+
+def leaves_of(tree: Mapping[Any, Any], source: str) -> list[Leaf]:
+    """The values of a nested mapping. Lists are values; so is an empty mapping."""
+
+    def walk(node: Mapping[Any, Any], prefix: tuple[str, ...]) -> Iterator[Leaf]:
+        for key, value in node.items():
+            path = (*prefix, str(key))
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, path)
+            else:
+                yield Leaf(path, value, source)
+
+    return list(walk(tree, ()))
+
+
+def leaf_key(leaf: Leaf) -> str:
+    """The full key of a value, with dots."""
+    return ".".join(leaf.key)
+
+
+def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
+    """An instance of the dataclass `schema` with each leaf set in turn, and a line for each leaf that does not fit.
+
+    Unknown keys come with a suggestion, values are not converted between kinds (3.7 is no int, "yes" no bool).
+    """
+    merged = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(merged, False)
+    problems = []
+    for leaf in leaves:
+        try:
+            merged = _merge(merged, leaf)
+        except (OmegaConfBaseException, ValueError) as error:
+            where = f"{leaf.source}: " if leaf.source else ""
+            problems.append(f"{where}{leaf_key(leaf)}: {one_line(error)}")
+    built = OmegaConf.to_object(merged)
+    assert isinstance(built, schema)
+    return built, problems
+
+
+def convert_options(schema: type[T], options: Mapping[str, Any]) -> tuple[T, list[str]]:
+    """`build_typed` for one nested mapping without a source."""
+    return build_typed(schema, leaves_of(options, ""))
+
+
+def one_line(error: Exception) -> str:
+    """What an error of OmegaConf says, without the lines that repeat the key."""
+    lines = str(error).splitlines()
+    hints = [line.strip() for line in lines[1:] if "Did you mean" in line]
+    return " ".join([lines[0] if lines else type(error).__name__, *hints])
+
+
+def _merge(config: DictConfig, leaf: Leaf) -> DictConfig:
+    if "${" in str(leaf.value):
+        raise ValueError("interpolation (${...}) is not supported; write the value")
+    value = leaf.value
+    for part in reversed(leaf.key):
+        value = {part: value}
+    merged = OmegaConf.merge(config, value)
+    assert isinstance(merged, DictConfig)
+    return merged

@@ -1,0 +1,146 @@
+"""The folder of a run: who may write to it, what is logged there, and what is shown of it."""
+
+import fcntl
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+
+from configs.loader import to_dict, to_yaml
+from configs.schema import RunConfig
+from trainer import ranks
+from trainer.errors import CheckpointError, ConfigError, StorageError
+from trainer.hooks import StopReason
+from trainer.metrics import JsonlLog, read_jsonl
+from trainer.progress import ProgressDisplay
+from trainer.run_summary import summarize, summary_table
+from trainer.wandb_sink import WandbSink
+
+log = logging.getLogger("evenkeel")
+
+
+class RunFolder:
+    """Opens a run folder for one job: log file, resolved config, and a lock that a dead job does not hold."""
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        self._run_dir, self._config = run_dir, config
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> "RunFolder":
+        problem = ranks.broadcast_object(self._open() if ranks.is_main() else None)
+        if problem is not None:
+            kind, message = problem
+            raise {"storage": StorageError, "taken": CheckpointError}[kind](message)
+        start_logging(self._run_dir)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            log.debug("the run ended with an error", exc_info=error)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _open(self) -> tuple[str, str] | None:
+        """What keeps this job from the folder, or None. Only rank 0 looks."""
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._run_dir / ".lock").open("a+")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.seek(0)
+                return "taken", f"run_dir: {self._run_dir} is in use by {self._lock.read().strip()}; stop it or set another name"
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
+            self._log_changes()
+            (self._run_dir / "config.yaml").write_text(to_yaml(self._config))
+        except OSError as error:
+            return "storage", f"run_dir: {error.filename or self._run_dir}: {error.strerror}; make it writable or set another"
+        return None
+
+    def _log_changes(self) -> None:
+        previous = self._run_dir / "config.yaml"
+        if not previous.exists():
+            return
+        before, now = previous.read_text().splitlines(), to_yaml(self._config).splitlines()
+        for line in sorted(set(now) - set(before)):
+            log.warning("config changed since the last start of this run: %s", line.strip())
+
+
+class RunReport:
+    """Takes rows of metrics to the file, the screen and W&B. Does nothing on ranks other than 0."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, start_step: int) -> None:
+        self._active = ranks.is_main()
+        if not self._active:
+            return
+        self._file = JsonlLog(run_dir / "metrics.jsonl")
+        if start_step:
+            log.info("resumed from step %d", start_step)
+            self._file.truncate_after(start_step)
+        else:
+            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        self._display = ProgressDisplay(config.train.steps, start_step)
+        self._wandb = WandbSink(config.wandb, run_dir=run_dir, run_name=config.name, resolved_config=to_dict(config))
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take finished rows."""
+        if not self._active:
+            return
+        self._file.append(rows)
+        for row in rows:
+            if "loss" in row:
+                self._display.show(row)
+            else:
+                log.info("step %d held-out loss %.4f%s", row["step"], row["eval/loss"], _maxvio(row))
+            self._wandb.log(row)
+
+    def __enter__(self) -> "RunReport":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._active:
+            self._display.close()
+            self._wandb.close()
+
+
+def start_logging(run_dir: Path) -> None:
+    """Rank 0 logs to the screen and to log.txt; other ranks only warnings, to the screen."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    root = logging.getLogger("evenkeel")
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+    form = logging.Formatter("%(asctime)s %(levelname)s " + f"[{ranks.rank()}] %(message)s", "%H:%M:%S")
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(logging.INFO if ranks.is_main() else logging.WARNING)
+    handlers: list[logging.Handler] = [screen]
+    if ranks.is_main():
+        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(form)
+    root.handlers = handlers
+
+
+def print_summary(run_dir: Path, domain_names: Sequence[str], reason: StopReason) -> None:
+    """The table a person wants to see when a run has ended, and where the rest is."""
+    console = Console()
+    try:
+        summary = summarize(read_jsonl(run_dir / "metrics.jsonl"), domain_names)
+    except ConfigError:
+        summary = None
+    if summary is not None:
+        console.print(summary_table(summary))
+    console.print(f"{reason}: results are in {run_dir} (metrics.jsonl, log.txt, checkpoints/)", highlight=False)
+
+
+def _maxvio(row: Mapping[str, Any]) -> str:
+    value = row.get("eval/maxvio_global")
+    return "" if value is None else f" maxvio {value:.3f}"
