@@ -66,7 +66,9 @@ def _complete_options(hook_class: type[Hook], options: dict[str, Any]) -> tuple[
     problems = []
     for key in options.keys() - accepted.keys():
         close = get_close_matches(key, accepted, n=1)
-        problems.append(f"{key}: {hook_class.__name__} has no such option" + (f"; did you mean '{close[0]}'?" if close else ""))
+        problems.append(
+            f"{key}: {hook_class.__name__} has no such option" + (f"; did you mean '{close[0]}'?" if close else "")
+        )
     missing = [
         name
         for name, parameter in accepted.items()

@@ -19,7 +19,9 @@ def classify(error: BaseException) -> EvenkeelError | None:
         return error
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         where = f" {error.filename}" if error.filename else ""
-        return StorageError(f"storage:{where}: {error.strerror}; free space or make the path writable, then start again")
+        return StorageError(
+            f"storage:{where}: {error.strerror}; free space or make the path writable, then start again"
+        )
     name = type(error).__name__
     if name in {"DistNetworkError", "DistStoreError", "DistBackendError"}:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"

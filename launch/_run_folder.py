@@ -41,7 +41,9 @@ class RunFolder:
         start_logging(self._run_dir)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             log.debug("the run ended with an error", exc_info=error)
         if self._lock is not None:
@@ -56,14 +58,20 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._lock.seek(0)
-                return "taken", f"run_dir: {self._run_dir} is in use by {self._lock.read().strip()}; stop it or set another name"
+                return (
+                    "taken",
+                    f"run_dir: {self._run_dir} is in use by {self._lock.read().strip()}; stop it or set another name",
+                )
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
             self._log_changes()
             (self._run_dir / "config.yaml").write_text(to_yaml(self._config))
         except OSError as error:
-            return "storage", f"run_dir: {error.filename or self._run_dir}: {error.strerror}; make it writable or set another"
+            return (
+                "storage",
+                f"run_dir: {error.filename or self._run_dir}: {error.strerror}; make it writable or set another",
+            )
         return None
 
     def _log_changes(self) -> None:
@@ -106,7 +114,9 @@ class RunReport:
     def __enter__(self) -> "RunReport":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._active:
             self._display.close()
             self._wandb.close()

@@ -26,8 +26,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("a", type=Path, help="run folder or metrics.jsonl")
     parser.add_argument("b", type=Path, help="run folder or metrics.jsonl")
     parser.add_argument("--rtol", type=float, default=0.0, help="largest relative difference; 0 asks for equal bits")
-    parser.add_argument("--keys", default="", help="metrics to compare, separated by commas; default all deterministic ones")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--keys", default="", help="metrics to compare, separated by commas; default all deterministic ones"
+    )
+    arguments = parser.parse_intermixed_args(argv)
     if not (math.isfinite(arguments.rtol) and arguments.rtol >= 0):
         raise ConfigError(f"--rtol: {arguments.rtol} must be finite and not negative")
 

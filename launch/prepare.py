@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.source=my/texts")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = load_run_config(arguments.config, arguments.overrides)
     console = Console()
     manifest, is_new = prepare(config.data, progress=lambda line: console.print(f"{line} ..."))
@@ -32,7 +32,9 @@ def main(argv: list[str]) -> int:
 
 
 def _table(manifest: Manifest) -> Table:
-    table = Table(title=f"vocabulary {manifest['tokenizer']['vocab_size']}, {manifest['duplicates_dropped']} duplicates dropped")
+    table = Table(
+        title=f"vocabulary {manifest['tokenizer']['vocab_size']}, {manifest['duplicates_dropped']} duplicates dropped"
+    )
     table.add_column("domain")
     for title in ("documents", "tokens", "held-out documents", "held-out tokens", "bytes/token"):
         table.add_column(title, justify="right")

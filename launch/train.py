@@ -37,7 +37,14 @@ from trainer.telemetry import StepTelemetry
 
 # A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
 # cut, cadence) may change between two starts of a run; the change is logged.
-_IDENTITY = ("model.", "seed", "train.global_batch_size", "train.sequence_length", "engine.zero_stage", "engine.precision")
+_IDENTITY = (
+    "model.",
+    "seed",
+    "train.global_batch_size",
+    "train.sequence_length",
+    "engine.zero_stage",
+    "engine.precision",
+)
 _FREE = ("model.activation_recompute", "model.dropout")
 
 
@@ -48,7 +55,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optimizer.learning_rate=3e-4")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     config = load_run_config(arguments.config, arguments.overrides, world_size=ranks.world_size())
     corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
@@ -133,7 +140,11 @@ def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
     identity = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
     # Sharded optimizer state is cut for a number of ranks; at stage 0 every rank holds all of it.
     world_size = ranks.world_size() if config.engine.zero_stage else "any"
-    return identity | {"data.fingerprint": corpus.fingerprint, "data.weights": dict(config.data.weights), "ranks": world_size}
+    return identity | {
+        "data.fingerprint": corpus.fingerprint,
+        "data.weights": dict(config.data.weights),
+        "ranks": world_size,
+    }
 
 
 if __name__ == "__main__":

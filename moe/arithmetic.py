@@ -5,7 +5,7 @@ Shape letters: D model width, F intermediate width, E experts, K experts a token
 
 from dataclasses import dataclass
 
-from moe.config import ModelConfig
+from moe.config import LOSS_CHUNK, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,31 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) 
     (Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     active = count_parameters(config, vocab_size).active
-    matrices = sum(active.values()) - active["embedding"] - active["norms"] - active["head"] + vocab_size * config.hidden_size
+    matrices = (
+        sum(active.values()) - active["embedding"] - active["norms"] - active["head"] + vocab_size * config.hidden_size
+    )
     attention = config.num_layers * sequence_length * config.num_heads * config.head_size
     return 6.0 * matrices + 6.0 * attention
+
+
+def activation_bytes(
+    config: ModelConfig, vocab_size: int, *, tokens: int, element_bytes: int, kept_graphs: int = 1
+) -> float:
+    """Estimate of what the backward keeps on one rank, in bytes, for micro-batches of `tokens`.
+
+    Counts the inputs of every product and activation function once; allocator overhead and temporaries are not in it.
+    With block recomputation only each block's input is kept, and one block is alive at a time. `kept_graphs`:
+    micro-batches whose graphs exist at once (`deferred` keeps all).
+    """
+    width, expert = config.hidden_size, config.expert_intermediate_size
+    attention = 3 * width + config.head_size * (2 * config.num_heads + 2 * config.num_kv_heads)
+    dense = attention + width + 3 * config.dense_intermediate_size
+    routed = config.top_k * (2 * width + 3 * expert) + 3 * config.num_shared_experts * expert
+    sparse = attention + width + routed + 3 * config.num_experts
+    blocks = config.num_dense_layers * dense + config.num_moe_layers * sparse
+    if config.activation_recompute == "block":
+        kept, alive = config.num_layers * width, max(dense if config.num_dense_layers else 0, sparse)
+    else:
+        kept, alive = blocks, 0
+    logits = 2 * 4 * vocab_size * min(tokens, LOSS_CHUNK)
+    return element_bytes * tokens * (kept * kept_graphs + alive) + logits

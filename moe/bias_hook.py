@@ -76,9 +76,9 @@ class ExpertBiasHook(Hook):
 
         Raises ConfigError if there is none.
         """
-        if not hasattr(run.model, "moe_layers") or not run.model.moe_layers():
-            raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._model = cast(_BalancedModel, run.model)
+        if not hasattr(run.model, "moe_layers") or not self._model.moe_layers():
+            raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
@@ -134,4 +134,3 @@ def _sum_over_ranks(counts: Sequence[Tensor]) -> list[Tensor]:
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
-

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+LOSS_CHUNK = 8192
+"""Tokens whose float32 logits exist at once; longer micro-batches compute their loss in pieces."""
+
 _GROUPED_MM_MULTIPLE = 8  # grouped_mm wants strides of 16 bytes: 8 elements in bf16
 
 
@@ -91,7 +94,9 @@ class ModelConfig:
         if found:
             return found
         if not self.head_dim and self.hidden_size % self.num_heads:
-            found.append(f"num_heads: {self.num_heads} does not divide hidden_size ({self.hidden_size}); or set head_dim")
+            found.append(
+                f"num_heads: {self.num_heads} does not divide hidden_size ({self.hidden_size}); or set head_dim"
+            )
         if self.num_heads % self.num_kv_heads:
             found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads ({self.num_heads})")
         if self.head_size % 2:
@@ -113,14 +118,18 @@ class ModelConfig:
     def _expert_problems(self) -> list[str]:
         found = []
         if self.num_experts < 1:
-            found.append(f"num_experts: {self.num_experts} must be at least 1 (all-dense: num_dense_layers = num_layers)")
+            found.append(
+                f"num_experts: {self.num_experts} must be at least 1 (all-dense: num_dense_layers = num_layers)"
+            )
             return found
         if not 1 <= self.top_k <= self.num_experts:
             found.append(f"top_k: {self.top_k} must be between 1 and num_experts ({self.num_experts})")
         for name in ("hidden_size", "expert_intermediate_size"):
             value = getattr(self, name)
             if value < 1 or value % _GROUPED_MM_MULTIPLE:
-                found.append(f"{name}: {value} must be a positive multiple of {_GROUPED_MM_MULTIPLE} for grouped products")
+                found.append(
+                    f"{name}: {value} must be a positive multiple of {_GROUPED_MM_MULTIPLE} for grouped products"
+                )
         if self.num_groups < 1 or self.num_experts % self.num_groups:
             found.append(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
         elif not 1 <= self.top_groups <= self.num_groups:
@@ -131,5 +140,7 @@ class ModelConfig:
                 f"{self.num_experts // self.num_groups}; raise top_groups"
             )
         if self.num_groups > 1 and self.num_experts // max(self.num_groups, 1) < 2:
-            found.append(f"num_groups: {self.num_groups} leaves groups of one expert; a group is scored by its best two")
+            found.append(
+                f"num_groups: {self.num_groups} leaves groups of one expert; a group is scored by its best two"
+            )
         return found

@@ -1,6 +1,6 @@
 """The dense parts of the decoder: normalisation, rotary positions, attention, feed-forward.
 
-Shape letters: B samples, T sequence, D model width, A query heads, G key-value heads, d head width, F intermediate width.
+Shape letters: B samples, T sequence, D model width, A query heads, G key-value heads, d head width, h rotated pairs.
 """
 
 import torch
@@ -24,9 +24,7 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight
 
 
-def rotary_table(
-    length: int, size: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, size: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, float32 [T, size/2] (Su et al. 2021, arXiv 2104.09864)."""
     frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)

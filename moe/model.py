@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.config import ModelConfig
+from moe.config import LOSS_CHUNK, ModelConfig
 from moe.experts import Experts
 from moe.layers import Attention, FeedForward, RMSNorm, rotary_table
 from moe.router import Router, count_tokens
 
 IGNORED_LABEL = -100
-_LOSS_CHUNK = 8192  # tokens whose float32 logits exist at once
 
 CountKind = Literal["train", "eval"]
 
@@ -68,7 +67,9 @@ class Block(nn.Module):
         self.mlp = MoELayer(config) if sparse else FeedForward(config.hidden_size, config.dense_intermediate_size)
         self._dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, T, D] and the experts' loads int64 [E], or None for a dense block."""
         mixed_BTD = self.attention(self.attention_norm(x_BTD), cos_Th, sin_Th)
         x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
@@ -151,13 +152,13 @@ class MoEDecoder(nn.Module):
         def chunk_losses(hidden: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self.head(hidden).float(), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
-        if hidden_ND.shape[0] <= _LOSS_CHUNK:
+        if hidden_ND.shape[0] <= LOSS_CHUNK:
             return chunk_losses(hidden_ND, labels_N)
         # Float32 logits of all tokens would be the largest tensor of the step: keep none, recompute each chunk.
         return torch.cat(
             [
                 checkpoint(chunk_losses, hidden, labels, use_reentrant=False)
-                for hidden, labels in zip(hidden_ND.split(_LOSS_CHUNK), labels_N.split(_LOSS_CHUNK), strict=True)
+                for hidden, labels in zip(hidden_ND.split(LOSS_CHUNK), labels_N.split(LOSS_CHUNK), strict=True)
             ]
         )
 

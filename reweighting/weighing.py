@@ -15,7 +15,7 @@ _SPREAD_TOLERANCE = 1e-6  # relative to the largest loss: below it, differences 
 
 
 def normalized_losses(losses_B: Tensor, valid_B: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """h_B = alpha (2 (l - min) / (max - min) - 1) in [-alpha, alpha], and whether the spread is large enough to mean it.
+    """h_B = alpha (2 (l - min) / (max - min) - 1) in [-alpha, alpha], and whether the losses spread at all.
 
     Minimum and maximum are of this step's valid samples (arXiv 2502.06733, equation 7). Where the spread is too small,
     and at invalid samples, h is 0.

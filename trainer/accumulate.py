@@ -79,7 +79,13 @@ class Accumulator:
     """Runs the micro-batches of one step through the engine."""
 
     def __init__(
-        self, engine: Engine, hooks: HookList, *, mode: AccumulationMode, normalization: Normalization, device: torch.device
+        self,
+        engine: Engine,
+        hooks: HookList,
+        *,
+        mode: AccumulationMode,
+        normalization: Normalization,
+        device: torch.device,
     ) -> None:
         assert mode != "streaming" or not hooks.needs_batch_losses, "a hook needs the losses before the backward"
         self._engine = engine
@@ -182,9 +188,7 @@ class Accumulator:
     def _verdict(self, batch: GlobalBatch) -> tuple[str, bool]:
         """Whether to skip, and whether to stop: the one place of a step where the host waits for the device."""
         finite_B = torch.isfinite(batch.losses_B)
-        all_finite, any_tokens, stop = torch.stack(
-            [finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]
-        ).tolist()
+        all_finite, any_tokens, stop = torch.stack([finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]).tolist()
         if not all_finite:
             bad = batch.sample_ids_B[~finite_B].tolist()
             shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

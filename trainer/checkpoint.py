@@ -5,7 +5,8 @@
         state.json             the trainer's counters and the hooks' numbers
         hooks.safetensors      the hooks' tensors
         rng-00000.safetensors  the random state of each rank
-        engine/                model and optimizer, as DeepSpeed writes them
+        model.safetensors      the weights alone, in the model's precision, for evaluation and export
+        engine/                model and optimizer, as DeepSpeed writes them, for resuming
 
 Saving: everything goes to `tmp-step-N`, is fsynced and hashed by all ranks, then the manifest is written and the
 folder renamed. A folder called `step-N` is therefore complete, whenever the job died. Loading: the newest folder
@@ -41,6 +42,7 @@ log = logging.getLogger("evenkeel")
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+WEIGHTS = "model.safetensors"
 _SPARE_FACTOR = 1.2  # free space asked for, relative to the previous checkpoint
 
 
@@ -97,6 +99,7 @@ class CheckpointStore:
             engine.save(staging)
             safetensors.torch.save_file(_rng_state(), staging / f"rng-{ranks.rank():05d}.safetensors")
             if ranks.is_main():
+                safetensors.torch.save_model(engine.module, str(staging / WEIGHTS))
                 _write_states(staging, hooks, state)
             ranks.barrier()
             own = _own_share(sorted(path for path in staging.rglob("*") if path.is_file()))
@@ -108,7 +111,7 @@ class CheckpointStore:
             free = shutil.disk_usage(self._root).free
             shutil.rmtree(staging, ignore_errors=True)
             raise StorageError(
-                f"{staging}: cannot write the checkpoint of step {state.step} ({error}); {free / 2**20:.0f} MiB are free. "
+                f"{staging}: cannot write the checkpoint of step {state.step} ({error}); {free >> 20} MiB are free. "
                 "Earlier checkpoints are intact: free space and start again to resume"
             ) from error
         files = {name: entry for part in ranks.gather_objects(hashes) for name, entry in part.items()}
@@ -116,27 +119,12 @@ class CheckpointStore:
         return target
 
     def load_newest(self, engine: Engine, hooks: HookList) -> TrainState | None:
-        """Restore the newest intact checkpoint into engine, hooks and random generators; None if there is none at all.
+        """Restore the newest intact checkpoint into engine, hooks and generators; None if there is none at all.
 
         Raises CheckpointError if checkpoints exist but none is intact, or if the intact one is of another run.
         """
-        candidates = ranks.broadcast_object(
-            sorted((path.name for path in self._root.glob("step-*") if path.is_dir()), reverse=True)
-        )
-        rejected = []
-        for name in candidates:
-            folder = self._root / name
-            complaints = [line for part in ranks.gather_objects(_verify(folder)) for line in part]
-            if not complaints:
-                return self._load(folder, engine, hooks)
-            rejected.append(f"{folder}: {complaints[0]}")
-            if ranks.is_main():
-                log.warning("checkpoint rejected: %s", rejected[-1])
-        if rejected:
-            raise CheckpointError(
-                "no intact checkpoint: " + "; ".join(rejected) + ". Restore one, or train in a new run_dir"
-            )
-        return None
+        folder = newest_intact(self._root)
+        return None if folder is None else self._load(folder, engine, hooks)
 
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -181,11 +169,13 @@ class CheckpointStore:
                 if free < needed:
                     staging.rmdir()
                     raise StorageError(
-                        f"{self._root}: a checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+                        f"{self._root}: a checkpoint needs {needed / 2**20:.0f} MiB, {free >> 20} MiB are free. "
                         "earlier checkpoints are intact: free space and start again to resume"
                     )
         except OSError as error:
-            raise StorageError(f"{error.filename}: {error.strerror}; make checkpoints writable and start again") from error
+            raise StorageError(
+                f"{error.filename}: {error.strerror}; make checkpoints writable and start again"
+            ) from error
 
     def _publish(self, staging: Path, target: Path, files: Mapping[str, Any], state: TrainState) -> None:
         manifest = {
@@ -205,7 +195,28 @@ class CheckpointStore:
             for old in sorted(self._root.glob("step-*"))[: -self._config.keep]:
                 shutil.rmtree(old)
         except OSError as error:
-            raise StorageError(f"{error.filename or staging}: {error.strerror}; earlier checkpoints are intact") from error
+            raise StorageError(
+                f"{error.filename or staging}: {error.strerror}; earlier checkpoints are intact"
+            ) from error
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest checkpoint under `root` whose files all have their recorded hash; None if there is none at all.
+
+    All ranks verify a share each and agree. Raises CheckpointError if checkpoints exist but none is intact.
+    """
+    candidates = ranks.broadcast_object(sorted((p.name for p in root.glob("step-*") if p.is_dir()), reverse=True))
+    rejected = []
+    for name in candidates:
+        complaints = [line for part in ranks.gather_objects(_verify(root / name)) for line in part]
+        if not complaints:
+            return root / name
+        rejected.append(f"{root / name}: {complaints[0]}")
+        if ranks.is_main():
+            log.warning("checkpoint rejected: %s", rejected[-1])
+    if rejected:
+        raise CheckpointError(f"no intact checkpoint: {'; '.join(rejected)}. Restore one, or train in a new run_dir")
+    return None
 
 
 def _agree_on_hook_state(hooks: HookList, step: int) -> None:
@@ -263,7 +274,9 @@ def _write_states(folder: Path, hooks: HookList, state: TrainState) -> None:
     for name, (hook_version, hook_state) in hooks.state_dict().items():
         plain = {key: value for key, value in hook_state.items() if not isinstance(value, Tensor)}
         numbers[name] = {"version": hook_version, "values": plain}
-        tensors |= {f"{name}/{k}": v.detach().cpu().contiguous() for k, v in hook_state.items() if isinstance(v, Tensor)}
+        tensors |= {
+            f"{name}/{k}": v.detach().cpu().contiguous() for k, v in hook_state.items() if isinstance(v, Tensor)
+        }
     safetensors.torch.save_file(tensors, folder / "hooks.safetensors")
     (folder / "state.json").write_text(json.dumps({"trainer": asdict(state), "hooks": numbers}, indent=1))
 
@@ -304,4 +317,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

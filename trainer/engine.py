@@ -37,7 +37,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of parameters and activations. bf16 keeps fp32 master weights in the optimizer."""
     grad_accumulation: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type gradients are accumulated in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
+    """Type gradients accumulate in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
     bucket_elements: int = 50_000_000
     """Gradient elements reduced, and parameter elements gathered, in one collective."""
     collective_timeout_s: float = 600.0
@@ -55,7 +55,9 @@ class EngineConfig:
         if self.precision == "fp32" and self.grad_accumulation == "bf16":
             found.append("grad_accumulation: bf16 with precision fp32 would lose what fp32 keeps; use auto")
         if self.precision == "bf16" and self.zero_stage == 0 and self.grad_accumulation == "fp32":
-            found.append("grad_accumulation: DeepSpeed cannot accumulate in fp32 with bf16 at zero_stage 0; use stage 1")
+            found.append(
+                "grad_accumulation: DeepSpeed cannot accumulate in fp32 with bf16 at zero_stage 0; use stage 1"
+            )
         if self.bucket_elements < 1:
             found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
         if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
@@ -120,7 +122,13 @@ class Engine:
     """One model and its AdamW under DeepSpeed."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, *, micro_batch_size: int, clip_norm: float
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        *,
+        micro_batch_size: int,
+        clip_norm: float,
     ) -> None:
         import deepspeed
 

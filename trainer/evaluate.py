@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import ranks
 from trainer.data.corpus import TokenCorpus
-from trainer.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class HeldoutLoss:
         return int(self.tokens_D.sum())
 
     def metrics(self) -> dict[str, float]:
-        """`eval/loss`, `eval/ppl` over all tokens and `eval/<domain>/ppl`. A domain without held-out text is left out."""
+        """`eval/loss`, `eval/ppl` over all tokens, `eval/<domain>/ppl` for each domain that has held-out text."""
         found = {"eval/loss": _ratio(self.loss_sum_D.sum(), self.tokens_D.sum())}
         found["eval/ppl"] = _exp(found["eval/loss"])
         for name, loss_sum, tokens in zip(self.domain_names, self.loss_sum_D, self.tokens_D, strict=True):
@@ -59,11 +58,12 @@ class HeldoutLoss:
 
 
 def evaluate(
-    engine: Engine, corpus: TokenCorpus, config: EvaluationConfig, *, batch_size: int, device: torch.device
+    model: nn.Module, corpus: TokenCorpus, config: EvaluationConfig, *, batch_size: int, device: torch.device
 ) -> HeldoutLoss:
-    """Mean cross-entropy of the held-out split. Every rank calls it; the model is back in training mode after it."""
+    """Mean cross-entropy of the held-out split. Every rank calls it; the model's mode is restored."""
     sums_2D = torch.zeros(2, len(corpus.domain_names), dtype=torch.float64, device=device)
-    engine.module.eval()
+    was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
             for domain in range(len(corpus.domain_names)):
@@ -73,11 +73,11 @@ def evaluate(
                 for start in starts[ranks.rank() :: ranks.world_size()]:
                     rows = corpus.heldout_batch(domain, start, min(start + batch_size, num_rows))
                     labels_BT = rows.labels_ST.to(device)
-                    losses_BT = engine.module(rows.tokens_ST.to(device), labels_BT)
+                    losses_BT = model(rows.tokens_ST.to(device), labels_BT)
                     sums_2D[0, domain] += losses_BT.double().sum()
                     sums_2D[1, domain] += (labels_BT >= 0).sum()
     finally:
-        engine.module.train()
+        model.train(was_training)
     ranks.all_reduce_(sums_2D)
     loss_sum_D, tokens_D = sums_2D.cpu()
     return HeldoutLoss(corpus.domain_names, loss_sum_D, tokens_D)

@@ -1,6 +1,6 @@
 """The training loop: each stage of an optimizer step by name, in the order the data meets them.
 
-    batch -> token losses -> sample losses -> weights -> backward -> step -> hooks -> metrics -> evaluation -> checkpoint
+    batch -> token losses -> sample losses -> weights -> backward -> step -> hooks -> metrics -> evaluate -> checkpoint
 
 Decisions:
 - A skipped step (a loss or gradient that is not finite) consumes its samples and changes nothing else: no
@@ -60,7 +60,12 @@ class TrainConfig:
         """Every inconsistency, one line each, beginning with the field's name."""
         found = []
         for name in (
-            "steps", "global_batch_size", "micro_batch_size", "sequence_length", "max_skipped_in_a_row", "write_every"
+            "steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "sequence_length",
+            "max_skipped_in_a_row",
+            "write_every",
         ):
             if getattr(self, name) < 1:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
@@ -203,13 +208,22 @@ class Trainer:
                 *(state.step, result.reason, first, state.samples - 1),
             )
         self.telemetry.record_step(
-            state, accumulated.context, accumulated.coefficients_B, result, learning_rate=learning_rate, grad_norm=grad_norm
+            state,
+            accumulated.context,
+            accumulated.coefficients_B,
+            result,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
         )
         return accumulated.stop_requested
 
     def _evaluate(self) -> None:
         heldout = evaluate(
-            self.engine, self.corpus, self.evaluation, batch_size=self.config.micro_batch_size, device=self.run.device
+            self.engine.module,
+            self.corpus,
+            self.evaluation,
+            batch_size=self.config.micro_batch_size,
+            device=self.run.device,
         )
         buffer = MetricBuffer()
         buffer.record("step", self.state.step)

@@ -46,7 +46,9 @@ class WandbConfig:
 class WandbSink:
     """Copies rows to W&B from a thread of its own."""
 
-    def __init__(self, config: WandbConfig, *, run_dir: Path, run_name: str, resolved_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: WandbConfig, *, run_dir: Path, run_name: str, resolved_config: Mapping[str, Any]
+    ) -> None:
         self._config, self._run_dir, self._run_name = config, run_dir, run_name
         self._resolved_config = dict(resolved_config)
         self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_QUEUE_ROWS)

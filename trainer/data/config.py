@@ -11,7 +11,7 @@ class DataConfig:
     path: str = "data/local_python"
     """Folder of the prepared corpus (tokenizer, indexed shards, manifest)."""
     source: str = "local_python"
-    """`local_python` (text that is on every machine with Python), or a jsonl, parquet or txt file, or a folder of them."""
+    """`local_python` (text that is on every machine with Python), a jsonl, parquet or txt file, or a folder of them."""
     text_field: str = "text"
     """Column that holds the text."""
     domain_field: str = "domain"

@@ -58,12 +58,14 @@ class TokenCorpus:
         folder = Path(config.path)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise ConfigError(f"data.path: {folder} holds no prepared corpus; run python -m launch.prepare CONFIG first")
+            raise ConfigError(
+                f"data.path: {folder} holds no prepared corpus; run python -m launch.prepare CONFIG first"
+            )
         for key, value in preparation_settings(config).items():
             if manifest["settings"].get(key) != value:
                 raise ConfigError(
-                    f"data.{key}: the corpus in {folder} was prepared with {manifest['settings'].get(key)}, not {value}; "
-                    "prepare it again in another data.path"
+                    f"data.{key}: the corpus in {folder} was prepared with {manifest['settings'].get(key)}, "
+                    f"not {value}; prepare it again in another data.path"
                 )
         for name, expected in manifest["files"].items():
             _check_file(folder / name, expected, verify=verify)
@@ -102,7 +104,9 @@ class TokenCorpus:
     def _blend(self, weights: Mapping[str, float]) -> list[float]:
         unknown = sorted(weights.keys() - set(self.domain_names))
         if unknown:
-            raise ConfigError(f"data.weights.{unknown[0]}: no such domain; the corpus has {', '.join(self.domain_names)}")
+            raise ConfigError(
+                f"data.weights.{unknown[0]}: no such domain; the corpus has {', '.join(self.domain_names)}"
+            )
         shares = [
             float(weights.get(name, 0.0)) if weights else float(rows)
             for name, rows in zip(self.domain_names, self._rows_D, strict=True)

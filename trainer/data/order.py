@@ -21,7 +21,7 @@ Integers = NDArray[np.int64]
 
 
 def block_quotas(weights_D: Sequence[float]) -> Integers:
-    """Samples of each domain in a block, int64 [D], summing to BLOCK: largest remainders, at least one where weight > 0."""
+    """Samples of each domain in a block, int64 [D], summing to BLOCK: largest remainders, 1 or more if weight > 0."""
     weights = np.asarray(weights_D, dtype=np.float64)
     exact = weights / weights.sum() * BLOCK
     quotas = np.where(weights > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
@@ -33,10 +33,8 @@ def block_quotas(weights_D: Sequence[float]) -> Integers:
     return quotas
 
 
-def locate(
-    samples_S: Integers, *, quotas_D: Integers, rows_D: Integers, seed: int
-) -> tuple[Integers, Integers]:
-    """Domain and row of each sample, both int64 [S]. `rows_D`: rows a domain has, at least one where its quota is not 0."""
+def locate(samples_S: Integers, *, quotas_D: Integers, rows_D: Integers, seed: int) -> tuple[Integers, Integers]:
+    """Domain and row of each sample, both int64 [S]. `rows_D`: rows a domain has, not 0 where its quota is not."""
     blocks_S, positions_S = np.divmod(samples_S, BLOCK)
     slots_S = permute(positions_S, size=BLOCK, keys=_key(seed, 0, blocks_S))
     ends_D = np.cumsum(quotas_D)

@@ -2,7 +2,7 @@
 
 Decisions:
 - Everything is written to a neighbouring temporary folder and renamed at the end; a corpus is whole or absent.
-- A document is held out if a hash of its text says so: adding documents never moves another from one split to the other.
+- A document is held out if a hash of its text says so: adding documents never moves another between the splits.
 - A text seen before is dropped and counted, so that no held-out text can be a copy of a training text.
 - Preparing again with the same settings does nothing; with others it is refused rather than overwritten.
 """
@@ -64,11 +64,15 @@ def prepare(config: DataConfig, *, progress: Callable[[str], None] = lambda line
                 raise
             if target.exists():  # without a manifest: the remains of something that is not ours to delete
                 shutil.rmtree(staging)
-                raise ConfigError(f"data.path: {target} exists and is not a prepared corpus; remove it or choose another")
+                raise ConfigError(
+                    f"data.path: {target} exists and is not a prepared corpus; remove it or choose another"
+                )
             os.replace(staging, target)
             return manifest, True
     except OSError as error:
-        raise StorageError(f"{error.filename or target}: {error.strerror}; free space or choose another data.path") from error
+        raise StorageError(
+            f"{error.filename or target}: {error.strerror}; free space or choose another data.path"
+        ) from error
 
 
 def preparation_settings(config: DataConfig) -> dict[str, Any]:
@@ -122,10 +126,10 @@ def _build(config: DataConfig, settings: dict[str, Any], staging: Path, progress
     progress("tokenizing")
     domains, duplicates = _write_shards(config, tokenizer, end, vocab_size, staging)
     if not any(counts["train"]["documents"] for counts in domains.values()):
-        raise ConfigError(f"data.source: {config.source} has no document to train on; add text, or lower heldout_fraction")
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(staging.iterdir())
-    }
+        raise ConfigError(
+            f"data.source: {config.source} has no document to train on; add text, or lower heldout_fraction"
+        )
+    files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(staging.iterdir())}
     manifest = {
         "format": FORMAT,
         "settings": settings,
@@ -217,7 +221,8 @@ def _refuse_other_settings(target: Path, manifest: Manifest, settings: dict[str,
     ]
     if changed:
         raise ConfigError(
-            f"data.path: {target} was prepared with other settings ({'; '.join(changed)}); choose another path or remove it"
+            f"data.path: {target} was prepared with other settings ({'; '.join(changed)}); "
+            "choose another path or remove it"
         )
 
 
@@ -227,4 +232,3 @@ def _only_one(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-

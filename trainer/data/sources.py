@@ -64,7 +64,9 @@ def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
         rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
         for row, record in enumerate(rows, start=1):
             if text_field not in record:
-                raise ConfigError(f"{path}: row {row} has no field '{text_field}' (fields: {', '.join(record)}); set data.text_field")
+                raise ConfigError(
+                    f"{path}: row {row} has no field '{text_field}' (fields: {', '.join(record)}); set data.text_field"
+                )
             text, domain = record[text_field], record.get(config.domain_field)
             if not isinstance(text, str):
                 raise ConfigError(f"{path}: row {row}: field '{text_field}' holds {type(text).__name__}, not text")
@@ -72,7 +74,9 @@ def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text after row {row} ({error.reason}); convert or remove it") from error
+        raise ConfigError(
+            f"{path}: is not UTF-8 text after row {row} ({error.reason}); convert or remove it"
+        ) from error
     except Exception as error:  # `datasets` wraps parser errors of many libraries
         cause = error.__cause__ or error
         line = (str(cause).splitlines() or [type(cause).__name__])[0]

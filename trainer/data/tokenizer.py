@@ -38,7 +38,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         if file.is_file():
             return Tokenizer.from_file(str(file))
         if path.is_dir() or path.suffix or path.is_absolute() or name.startswith("."):
-            raise ConfigError(f"data.tokenizer: {file} does not exist; give a tokenizer.json, its folder, or a hub name")
+            raise ConfigError(
+                f"data.tokenizer: {file} does not exist; give a tokenizer.json, its folder, or a hub name"
+            )
         return Tokenizer.from_pretrained(name)
     except ConfigError:
         raise
@@ -55,4 +57,6 @@ def end_of_document(tokenizer: Tokenizer) -> int:
         found = tokenizer.token_to_id(token)
         if found is not None:
             return int(found)
-    raise ConfigError(f"data.tokenizer: has none of the end tokens {', '.join(_KNOWN_ENDS)}; add one as a special token")
+    raise ConfigError(
+        f"data.tokenizer: has none of the end tokens {', '.join(_KNOWN_ENDS)}; add one as a special token"
+    )
