@@ -7,7 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import safetensors.torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from launch._cli import run_command
 from moe.balance_metrics import max_violation
 from moe.model import MoEDecoder
 from trainer import ranks
-from trainer.checkpoint import WEIGHTS, newest_intact
+from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
 from trainer.evaluate import EvaluationConfig, evaluate
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     if config.engine.precision == "bf16":
         model.bfloat16()
     model.to(ranks.device())
-    safetensors.torch.load_model(model, folder / WEIGHTS, device=str(ranks.device()))
+    load_weights(model, folder / WEIGHTS)
     heldout = evaluate(
         model,
         corpus,

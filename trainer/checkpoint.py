@@ -31,7 +31,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import ranks
 from trainer.engine import Engine
@@ -99,7 +99,7 @@ class CheckpointStore:
             engine.save(staging)
             safetensors.torch.save_file(_rng_state(), staging / f"rng-{ranks.rank():05d}.safetensors")
             if ranks.is_main():
-                safetensors.torch.save_model(engine.module, str(staging / WEIGHTS))
+                save_weights(engine.module, staging / WEIGHTS)
                 _write_states(staging, hooks, state)
             ranks.barrier()
             own = _own_share(sorted(path for path in staging.rglob("*") if path.is_file()))
@@ -200,6 +200,26 @@ class CheckpointStore:
             ) from error
 
 
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write parameters and persistent buffers, tied ones once, as plain tensors."""
+    safetensors.torch.save_file(
+        {name: tensor.cpu().clone().contiguous() for name, tensor in _weights(model).items()}, path
+    )
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what `save_weights` wrote into a model of the same shape.
+
+    Raises CheckpointError that names the first tensor that does not fit.
+    """
+    saved, own = safetensors.torch.load_file(path), _weights(model)
+    for name in sorted(saved.keys() | own.keys()):
+        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+            raise CheckpointError(f"{path}: {name} does not fit the model; it was saved by a model of another shape")
+        own[name].copy_(saved[name])
+
+
 def newest_intact(root: Path) -> Path | None:
     """The newest checkpoint under `root` whose files all have their recorded hash; None if there is none at all.
 
@@ -217,6 +237,13 @@ def newest_intact(root: Path) -> Path | None:
     if rejected:
         raise CheckpointError(f"no intact checkpoint: {'; '.join(rejected)}. Restore one, or train in a new run_dir")
     return None
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    # named_parameters lists a tied tensor once; state_dict knows which buffers are meant to be kept.
+    kept = model.state_dict().keys()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in named.items() if name in kept}
 
 
 def _agree_on_hook_state(hooks: HookList, step: int) -> None:

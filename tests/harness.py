@@ -1,0 +1,134 @@
+"""Run the real commands in real processes and look at what they leave behind."""
+
+import inspect
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from trainer.data.config import DataConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_corpus_source(path: Path) -> Path:
+    """A jsonl of about 300 kB in three domains: code, prose and a table of numbers."""
+    code_modules = [
+        "argparse",
+        "ast",
+        "dataclasses",
+        "enum",
+        "inspect",
+        "json.decoder",
+        "pathlib",
+        "textwrap",
+        "typing",
+    ]
+    rows = []
+    for name in code_modules:
+        source = inspect.getsource(__import__(name, fromlist=["_"]))
+        rows += [{"text": part, "domain": "code"} for part in _pieces(source, 3000)]
+    topics = pydoc_data.topics.topics
+    rows += [{"text": part, "domain": "prose"} for name in sorted(topics)[:40] for part in _pieces(topics[name], 2000)]
+    for start in range(0, 4000, 50):
+        table = "\n".join(f"{n} {n * n} {n % 7} {n % 11}" for n in range(start, start + 50))
+        rows.append({"text": table, "domain": "table"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def tiny_config(folder: Path, data: DataConfig, **sections: object) -> Path:
+    """A config file of a model that trains twelve steps in a second or two."""
+    tree: dict[str, object] = {
+        "name": "tiny",
+        "run_dir": str(folder / "run"),
+        "seed": 3,
+        "model": {
+            "hidden_size": 32, "num_layers": 3, "num_dense_layers": 1, "dense_intermediate_size": 48, "num_heads": 4,
+            "num_kv_heads": 2, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 16, "num_shared_experts": 1,
+        },
+        "data": {
+            "path": data.path, "source": data.source, "vocab_size": data.vocab_size,
+            "heldout_fraction": data.heldout_fraction,
+        },
+        "train": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32},
+        "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.5},
+        "schedule": {"warmup_steps": 3},
+        "engine": {"precision": "fp32", "zero_stage": 0, "collective_timeout_s": 60.0},
+        "evaluation": {"every": 6, "max_rows": 3},
+        "checkpoint": {"every": 4, "keep": 2},
+        "wandb": {"mode": "disabled"},
+        "hooks": {
+            "expert_bias": {"rule": "sign", "rate": 0.01},
+            "sample_reweight": {"strategy": "linupper", "temperature": {"value": 0.5, "warmup_steps": 2}},
+        },
+    }  # fmt: skip
+    for name, values in sections.items():
+        current = tree.get(name)
+        tree[name] = {**current, **values} if isinstance(current, dict) and isinstance(values, dict) else values
+    path = folder / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process: the repository on the path, no GPU-less surprises, no old torchrun."""
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def command(module: str, *arguments: str, ranks: int = 0) -> list[str]:
+    """The command line of one of ours, under our torchrun if `ranks`."""
+    if not ranks:
+        return [sys.executable, "-m", module, *arguments]
+    launcher = [sys.executable, "-m", "launch.torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "-m", module, *arguments]
+
+
+def run(
+    module: str, *arguments: str, ranks: int = 0, timeout: float = 240, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(module, *arguments, ranks=ranks),
+        cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def run_trainings(runs: Sequence[tuple[Path, Sequence[str]]], *, ranks: int, timeout: float = 280) -> None:
+    """Train several (config file, overrides) one after the other in ONE job of `ranks` ranks: start-up costs once."""
+    plan = json.dumps([[str(path), list(overrides)] for path, overrides in runs])
+    done = run("tests.dist.worker", plan, ranks=ranks, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def rows(run_dir: Path) -> list[dict[str, object]]:
+    """All metric rows of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training loss of every step."""
+    return [float(row["loss"]) for row in rows(run_dir) if "loss" in row]  # type: ignore[arg-type]
+
+
+TIMED = ("time/", "tokens_per_s", "mfu", "memory/")
+
+
+def deterministic(run_dir: Path) -> list[dict[str, object]]:
+    """All metric rows without what depends on the clock."""
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows(run_dir)]
