@@ -29,6 +29,7 @@ def start_process_group(timeout_s: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on a launcher's variable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         from trainer.engine import adopt_process_group

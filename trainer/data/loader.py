@@ -63,6 +63,9 @@ class TrainLoader:
                 batch_size=None,  # an item is a whole micro-batch already
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
+                # A generator of its own: by default it draws a seed from the global one, so that a run that opens
+                # the loader twice (once more after a crash) would see other dropout masks.
+                generator=torch.Generator(),
                 worker_init_fn=_leave_signals_to_the_trainer if self._num_workers else None,
                 prefetch_factor=2 * self._num_micro_batches if self._num_workers else None,
             )
