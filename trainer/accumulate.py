@@ -140,9 +140,7 @@ class Accumulator:
 
         if skip_reason:
             if self._mode == "streaming" and len(batches) > 1:
-                # Earlier micro-batches have left gradients behind. A last one that is not finite makes the
-                # engine drop them all, on every rank, by the same path as any overflow.
-                self._backward(graphs[0], torch.full_like(graphs[0], torch.nan), last=True)
+                self._engine.abandon(graphs[0].sum())
             return done
         if self._mode == "two_pass":
             for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):

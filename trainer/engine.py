@@ -170,12 +170,23 @@ class Engine:
             self._engine.step()
             return EngineStep(self._engine.was_step_applied(), self._engine.get_global_grad_norm())
         grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf)
-        # Gradients, and so this decision, are the same bits on every rank after the all-reduce.
-        if not bool(torch.isfinite(grad_norm)):
+        # Reduced gradients are the same on every rank; the flag is agreed all the same, for memory can err on one.
+        is_bad = ranks.all_reduce_((~torch.isfinite(grad_norm)).to(torch.int32), "max")
+        if bool(is_bad):
             self._engine.zero_grad()
             return EngineStep(False, grad_norm)
         self._engine.step()
         return EngineStep(True, grad_norm)
+
+    def abandon(self, loss: Tensor) -> None:
+        """Drop the gradients that earlier backwards of this step have left, on every rank.
+
+        A last backward that is not finite sends them all down DeepSpeed's own path for overflow, which clears
+        every buffer it keeps; `loss` is any scalar that has not been through a backward yet.
+        """
+        self.backward(loss * torch.nan, last=True)
+        applied, _ = self.step(0.0)
+        assert not applied
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer under `folder`; every rank calls it. Atomicity is the caller's business."""

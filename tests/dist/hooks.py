@@ -1,0 +1,58 @@
+"""Hooks that break things on purpose, named in configs by dotted path."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer import ranks
+from trainer.hooks import Hook, RunContext, StepContext, StepResult
+
+
+class Poison(Hook):
+    """Makes one sample's loss, or one parameter's gradient, NaN on one rank from step `first` to step `last`."""
+
+    def __init__(self, kind: Literal["loss", "gradient"], first: int, last: int, rank: int = 1) -> None:
+        self._kind, self._steps, self._rank = kind, range(first, last + 1), rank
+        self._step = 1
+
+    def on_start(self, run: RunContext) -> None:
+        if ranks.rank() != self._rank:
+            return
+        if self._kind == "loss":
+            run.model.register_forward_hook(self._poison_loss)
+        else:
+            next(run.model.parameters()).register_hook(self._poison_gradient)
+
+    def after_step(self, step: StepContext, result: StepResult) -> None:
+        self._step = step.step + 1
+
+    def _poison_loss(self, model: nn.Module, inputs: tuple[Tensor, ...], losses_BT: Tensor) -> Tensor:
+        if not model.training or self._step not in self._steps:
+            return losses_BT
+        mask = torch.zeros_like(losses_BT)
+        mask[0, 3] = torch.nan
+        return losses_BT + mask
+
+    def _poison_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient * torch.nan if self._step in self._steps else gradient
+
+
+class SecondOwner(Hook):
+    """Claims what SampleReweightHook owns."""
+
+    owns = frozenset({"weights"})
+
+
+class Thief(Hook):
+    """Sets weights it does not own."""
+
+    def on_losses(self, step: StepContext) -> None:
+        step.weights_B = torch.zeros_like(step.losses_B)
+
+
+class RankLocalState(Hook):
+    """Has another state on every rank, which no hook may."""
+
+    def state_dict(self) -> dict[str, Tensor | int | float | str]:
+        return {"rank": ranks.rank()}

@@ -1,0 +1,112 @@
+"""A step with a NaN in it, on one rank, in one sample, changes nothing on any rank."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.harness import rows, run, run_trainings, tiny_config
+from trainer.data.config import DataConfig
+
+POISONED_STEP = 3
+NO_REWEIGHT = "hooks.sample_reweight.enabled=false"
+CASES = {
+    "loss, fp32 ZeRO 0": ("loss", ["engine.zero_stage=0"]),
+    "loss, fp32 ZeRO 1, two passes": ("loss", ["engine.zero_stage=1", "train.accumulation=two_pass"]),
+    "loss, fp32 ZeRO 0, streaming": ("loss", ["engine.zero_stage=0", NO_REWEIGHT]),
+    "loss, fp32 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", NO_REWEIGHT]),
+    "loss, bf16 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", "engine.precision=bf16", NO_REWEIGHT]),
+    "loss, bf16 ZeRO 2, streaming": ("loss", ["engine.zero_stage=2", "engine.precision=bf16", NO_REWEIGHT]),
+    "gradient, fp32 ZeRO 0": ("gradient", ["engine.zero_stage=0"]),
+    "gradient, fp32 ZeRO 1": ("gradient", ["engine.zero_stage=1"]),
+    "gradient, fp32 ZeRO 2": ("gradient", ["engine.zero_stage=2"]),
+    "gradient, bf16 ZeRO 0": ("gradient", ["engine.zero_stage=0", "engine.precision=bf16"]),
+    "gradient, bf16 ZeRO 1": ("gradient", ["engine.zero_stage=1", "engine.precision=bf16"]),
+    "gradient, bf16 ZeRO 2": ("gradient", ["engine.zero_stage=2", "engine.precision=bf16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> Path:
+    """Six steps of each case with a checkpoint after each; the third step is poisoned on rank 1."""
+    folder = tmp_path_factory.mktemp("skip")
+    plan = []
+    for name, (kind, overrides) in CASES.items():
+        poison = {"hook": "tests.dist.hooks:Poison", "kind": kind, "first": POISONED_STEP, "last": POISONED_STEP}
+        config = tiny_config(
+            folder / name,
+            data_config,
+            train={"steps": 6},
+            checkpoint={"every": 1, "keep": 9},
+            evaluation={"every": 0, "max_rows": 1},
+            hooks={"poison": poison},
+        )
+        plan.append((config, overrides))
+    run_trainings(plan, ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
+    run_dir = runs / name / "run"
+    training = [row for row in rows(run_dir) if "loss" in row]
+    assert [row["step/applied"] for row in training] == [1, 1, 0, 1, 1, 1]
+    assert all(isinstance(row["loss"], float) for row in training[3:]), "training goes on with finite losses"
+
+    before, after = (run_dir / "checkpoints" / f"step-{step:08d}" for step in (POISONED_STEP - 1, POISONED_STEP))
+    for file in ("model.safetensors", "hooks.safetensors"):
+        old, new = safetensors.torch.load_file(before / file), safetensors.torch.load_file(after / file)
+        for key, tensor in old.items():
+            assert torch.equal(tensor, new[key]), f"{file}: {key} moved on a skipped step"
+    for path in sorted((before / "engine").rglob("*optim_states.pt")) or sorted((before / "engine").rglob("*.pt")):
+        old_state, new_state = (load_state(folder / path.relative_to(before)) for folder in (before, after))
+        assert old_state.keys() == new_state.keys()
+        for key, tensor in old_state.items():
+            assert torch.equal(tensor, new_state[key]), f"{path.name}: {key} moved on a skipped step"
+
+    state_before, state_after = (json.loads((folder / "state.json").read_text()) for folder in (before, after))
+    assert state_after["trainer"]["applied_steps"] == state_before["trainer"]["applied_steps"] == 2
+    assert state_after["hooks"] == state_before["hooks"]
+    assert training[3]["lr"] == pytest.approx(3e-3), "the learning rate of the third update comes with the fourth step"
+    later = safetensors.torch.load_file(run_dir / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert not torch.equal(later["embedding.weight"], safetensors.torch.load_file(after / "model.safetensors")["embedding.weight"])
+
+
+def load_state(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a DeepSpeed file, by path. The test wrote the file itself, so unpickling it is safe."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(node: Any, where: str) -> None:
+        if isinstance(node, torch.Tensor):
+            found[where] = node
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{where}/{key}")
+        elif isinstance(node, list | tuple):
+            for index, value in enumerate(node):
+                walk(value, f"{where}/{index}")
+
+    walk(torch.load(path, weights_only=False), "")
+    assert found
+    return found
+
+
+def test_many_skipped_steps_end_the_run_with_exit_4(tmp_path: Path, data_config: DataConfig) -> None:
+    poison = {"hook": "tests.dist.hooks:Poison", "kind": "loss", "first": 3, "last": 99, "rank": 0}
+    config = tiny_config(tmp_path, data_config, train={"max_skipped_in_a_row": 2}, hooks={"poison": poison})
+    done = run("launch.train", str(config))
+    assert done.returncode == 4
+    assert "2 steps in a row were skipped" in done.stderr
+    assert "loss is not finite in sample 16" in done.stderr, "the log names the sample"
+    assert [row["step"] for row in rows(tmp_path / "run")][-1] == 4, "the skipped steps are on record"
+
+
+def test_hook_state_that_differs_between_ranks_is_never_saved(tmp_path: Path, data_config: DataConfig) -> None:
+    config = tiny_config(tmp_path, data_config, hooks={"local": {"hook": "tests.dist.hooks:RankLocalState"}})
+    done = run("launch.train", str(config), ranks=2)
+    assert done.returncode == 4
+    assert "hook state on rank 1 differs from rank 0" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
