@@ -134,7 +134,7 @@ class ModelConfig:
             found.append(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
         elif not 1 <= self.top_groups <= self.num_groups:
             found.append(f"top_groups: {self.top_groups} must be between 1 and num_groups ({self.num_groups})")
-        elif self.top_k > self.num_experts // self.num_groups * self.top_groups:
+        elif self.num_groups > 1 and self.top_k > self.num_experts // self.num_groups * self.top_groups:
             found.append(
                 f"top_k: {self.top_k} experts cannot come from {self.top_groups} groups of "
                 f"{self.num_experts // self.num_groups}; raise top_groups"

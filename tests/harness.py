@@ -46,7 +46,7 @@ def _pieces(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
-def tiny_config(folder: Path, data: DataConfig, **sections: object) -> Path:
+def tiny_config(folder: Path, data: DataConfig, /, **sections: object) -> Path:
     """A config file of a model that trains twelve steps in a second or two."""
     tree: dict[str, object] = {
         "name": "tiny",

@@ -1,0 +1,258 @@
+"""Every wrong input gets one clear line, the right exit code, and destroys nothing."""
+
+import json
+import resource
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import dryrun, prepare, train
+from launch._cli import run_command
+from tests.harness import ROOT, command, deterministic, environment, run, tiny_config
+from trainer.data.config import DataConfig
+
+# override -> what the line must say
+BAD_VALUES = {
+    "model.top_kk=2": "Did you mean: 'top_k'",
+    "trian.steps=5": "Did you mean: 'train'",
+    "train.steps=many": "Value 'many' of type 'str' could not be converted to Integer",
+    "train.steps=3.7": "could not be converted to Integer",
+    "optimizer.learning_rate=true": "optimizer.learning_rate",
+    "optimizer.learning_rate=nan": "must be finite and positive",
+    "optimizer.learning_rate=-1": "must be finite and positive",
+    "model.top_k=9": "top_k: 9 must be between 1 and num_experts (8)",
+    "model={num_heads: 12, num_kv_heads: 12}": "num_heads: 12 does not divide hidden_size (32)",
+    "model.num_kv_heads=3": "num_kv_heads: 3 does not divide num_heads (4)",
+    "model.num_groups=3": "num_groups: 3 does not divide num_experts (8)",
+    "model.expert_intermediate_size=20": "20 must be a positive multiple of 8",
+    "train.global_batch_size=7": "not divisible by micro_batch_size x ranks = 2 x 1 = 2",
+    "schedule.warmup_steps=99": "warm-up and decay take 99 steps, the run has 12",
+    "engine.zero_stage=3": "zero_stage: 3 is not supported yet",
+    "engine.zero_stage=7": "zero_stage: 7 does not exist",
+    "engine.precision=fp8": "engine.precision",
+    "engine.grad_accumulation=bf16": "bf16 with precision fp32",
+    "engine.zero_options.overlap_com=true": "zero_options.overlap_com",
+    "hooks.expert_bais.rule=sign": "unknown hook 'expert_bais'; did you mean 'expert_bias'",
+    "hooks.expert_bias.rte=0.1": "Did you mean: 'rate'",
+    "hooks.expert_bias.rate=-1": "rate: -1.0 must be finite and not negative",
+    "hooks.mine.hook=no_such_module:Hook": "cannot import no_such_module",
+    "hooks.mine.hook=json:dumps": "is not a subclass of trainer.hooks.Hook",
+    "hooks.mine.hook=tests.dist.hooks:SecondOwner": "'weights' is already owned by hooks.sample_reweight",
+    "hooks.mine={hook: 'tests.dist.hooks:Poison', kind: loss, first: 1, last: 2, rnk: 0}": "did you mean 'rank'",
+    "name=${oc.env:HOME}": "interpolation (${...}) is not supported",
+    "data.weights.prosa=1.0": "data.weights.prosa: no such domain",
+    "train.sequence_length=10000000": "no domain has 10000001 training tokens",
+    "checkpoint.keep=0": "keep: 0 would delete the only checkpoint",
+    "data.vocab_size=400": "was prepared with 320, not 400",
+    "wandb.mode=loud": "wandb.mode",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", BAD_VALUES)
+def test_bad_value_is_one_line_and_exit_2(
+    override: str, tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, data_config)
+    assert run_command(train.main, [str(config), override]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert BAD_VALUES[override].lower() in lines[0].lower()
+    assert not (tmp_path / "run").exists(), "no run folder before the configuration is right"
+
+
+def test_all_errors_are_listed_at_once(
+    tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, data_config)
+    assert run_command(train.main, [str(config), "model.top_k=9", "train.global_batch_size=7", "optimizer.eps=0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert run_command(train.main, [str(config), "model.top_kk=9", "trian.steps=7"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("seed: 1\nseed: 2\n", "is not valid YAML"),
+        ("- 1\n", "must hold keys and values"),
+        ("include: other.yaml\n", "include: must be a list"),
+        ("include: [config.yaml]\n", "includes itself"),
+        ("include: [nowhere.yaml]\n", "no such config file"),
+    ],
+)
+def test_bad_file_is_one_line_and_exit_2(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert run_command(train.main, [str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_missing_config_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(train.main, ["nowhere.yaml"]) == 2
+    assert "quickstart" in capsys.readouterr().err
+
+
+def test_unprepared_corpus(tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, data_config, data={"path": str(tmp_path / "none")})
+    assert run_command(train.main, [str(config)]) == 2
+    assert "run python -m launch.prepare CONFIG first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "does not exist"),
+        ("empty.jsonl", b"", "has no document"),
+        ("blank.txt", b"", "has no document"),
+        ("bytes.txt", b"caf\xe9 \xff\xfe", "UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read as json"),
+        ("numbers.jsonl", b'{"text": 17}\n', "row 1: field 'text' holds int, not text"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: field 'text' holds NoneType, not text"),
+        ("other.jsonl", b'{"body": "a"}\n', "has no field 'text' (fields: body)"),
+        ("picture.png", b"\x89PNG", "has no .jsonl"),
+        ("domain.jsonl", b'{"text": "a", "domain": "../x"}\n', "cannot name a domain"),
+    ],
+)
+def test_bad_corpus_is_one_line_and_exit_2(
+    name: str, content: bytes | None, message: str, tmp_path: Path, data_config: DataConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = tmp_path / name
+    if content is not None:
+        source.write_bytes(content)
+    config = tiny_config(tmp_path, data_config, data={"source": str(source), "path": str(tmp_path / "prepared")})
+    assert run_command(prepare.main, [str(config)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+    left = {path.name for path in tmp_path.iterdir()} - {name, "config.yaml", ".prepared.lock"}
+    assert not left, "nothing is left behind"
+
+
+def test_dryrun_refuses_a_layout(tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, data_config)
+    assert run_command(dryrun.main, [str(config), "--world-size", "3"]) == 2
+    assert "2 x 3 = 6" in capsys.readouterr().err
+
+
+def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: DataConfig) -> None:
+    config = tiny_config(tmp_path, data_config)
+    done = run("launch.train", str(config), "model.top_k=9", ranks=2)
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(ours) == 1, "two ranks, one line"
+
+
+def test_port_taken_is_exit_5_with_the_address(tmp_path: Path, data_config: DataConfig) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run(
+            "launch.train", str(tiny_config(tmp_path, data_config)),
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )  # fmt: skip
+    assert done.returncode == 5
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error")
+    assert f"127.0.0.1:{port}" in last
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    done = run("launch.train", str(tiny_config(folder, data_config)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def copy_of(trained: Path, target: Path) -> list[str]:
+    shutil.copytree(trained / "run", target / "run")
+    return [str(trained / "config.yaml"), f"run_dir={target / 'run'}"]
+
+
+def test_checkpoint_of_another_model_is_exit_3(trained: Path, tmp_path: Path) -> None:
+    done = run("launch.train", *copy_of(trained, tmp_path), "model.num_experts=4")
+    assert done.returncode == 3
+    assert "model.num_experts: 8 -> 4" in done.stderr.splitlines()[-1]
+    assert deterministic(tmp_path / "run") == deterministic(trained / "run"), "the metrics of the old run are intact"
+
+
+def test_damaged_checkpoint_falls_back_and_two_are_exit_3(trained: Path, tmp_path: Path) -> None:
+    arguments = copy_of(trained, tmp_path)
+    newest, older = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
+    flip_a_bit(newest / "model.safetensors")
+    done = run("launch.train", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "checkpoint rejected" in done.stderr
+    assert f"resumed from step {int(older.name[5:])}" in done.stderr
+    assert deterministic(tmp_path / "run") == deterministic(trained / "run"), "the lost steps came out the same"
+
+    newest, older = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
+    flip_a_bit(newest / "state.json")
+    (older / "MANIFEST.json").write_text("{}")
+    done = run("launch.train", *arguments)
+    assert done.returncode == 3
+    assert "no intact checkpoint" in done.stderr.splitlines()[-1]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_no_space_left_is_exit_6_and_keeps_the_old_checkpoint(trained: Path, tmp_path: Path) -> None:
+    arguments = copy_of(trained, tmp_path)
+    before = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    largest = max(path.stat().st_size for path in (trained / "run").rglob("*") if path.is_file())
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    done = subprocess.run(
+        command("launch.train", *arguments, "train.steps=16"),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=limit_file_size, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr[-2000:]
+    assert "cannot write the checkpoint of step 16" in done.stderr.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == before
+
+
+def test_changed_corpus_is_exit_3(trained: Path, tmp_path: Path, data_config: DataConfig) -> None:
+    corpus = tmp_path / "prepared"
+    shutil.copytree(data_config.path, corpus)
+    shard = sorted(corpus.glob("*-train.bin"))[0]
+    shard.write_bytes(shard.read_bytes()[:-2])
+    done = run("launch.train", *copy_of(trained, tmp_path), f"data.path={corpus}")
+    assert done.returncode == 3
+    assert shard.name in done.stderr.splitlines()[-1]
+
+
+def test_run_folder_in_use_is_exit_3(trained: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    arguments = copy_of(trained, tmp_path)
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("launch.train", *arguments)
+    assert done.returncode == 3
+    assert "is in use by process 1 on elsewhere" in done.stderr.splitlines()[-1]
+
+
+def test_a_finished_run_started_again_does_nothing(trained: Path, tmp_path: Path) -> None:
+    done = run("launch.train", *copy_of(trained, tmp_path))
+    assert done.returncode == 0
+    assert deterministic(tmp_path / "run") == deterministic(trained / "run")
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12

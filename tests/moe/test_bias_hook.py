@@ -1,0 +1,148 @@
+"""The hook finds every router, moves it once for each applied step, and says when it cannot."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moe.bias_hook import ExpertBiasConfig, ExpertBiasHook
+from moe.config import ModelConfig
+from moe.model import MoEDecoder
+from trainer.errors import ConfigError
+from trainer.hooks import EvaluationContext, HookList, RunContext, StepContext, StepResult
+
+APPLIED, SKIPPED = StepResult(applied=True, reason=""), StepResult(applied=False, reason="test")
+
+
+class Records:
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def record(self, name: str, value: Any, reduction: str = "same") -> None:
+        self.values[name] = value
+
+
+def started(rule: str = "sign", clamp: float = 0.0, **changes: Any) -> tuple[ExpertBiasHook, MoEDecoder]:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "num_layers": 3, "num_dense_layers": 1, "dense_intermediate_size": 32, "num_heads": 4,
+        "num_kv_heads": 4, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 16,
+    }  # fmt: skip
+    model = MoEDecoder(ModelConfig(**(shape | changes)), vocab_size=30)
+    hook = ExpertBiasHook(ExpertBiasConfig(rule=rule, rate=0.01, clamp=clamp))  # type: ignore[arg-type]
+    hook.on_start(run_of(model))
+    return hook, model
+
+
+def run_of(model: nn.Module) -> RunContext:
+    return RunContext(
+        model=model, total_steps=9, global_batch_size=4, domain_names=("a",), run_dir=Path(), seed=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def step_of(records: Records) -> StepContext:
+    zeros = torch.zeros(4, dtype=torch.int64)
+    return StepContext(
+        step=1, applied_steps=0, sample_ids_B=zeros, domains_B=zeros, tokens_B=zeros, losses_B=zeros.float(),
+        recorder=records,
+    )  # fmt: skip
+
+
+def forward(model: MoEDecoder, seed: int = 1) -> None:
+    tokens_BT = torch.randint(0, 30, (4, 9), generator=torch.Generator().manual_seed(seed))
+    model(tokens_BT, tokens_BT)
+
+
+def biases(model: MoEDecoder) -> torch.Tensor:
+    return torch.stack([layer.router.expert_bias_E for layer in model.moe_layers()])
+
+
+def test_applied_step_moves_every_layer_by_its_own_loads() -> None:
+    hook, model = started()
+    forward(model)
+    counts = model.take_counts("train")
+    forward(model)  # the same tokens again: the counts the hook will see
+    hook.after_step(step_of(Records()), APPLIED)
+    expected = torch.stack([0.01 * (c.double().mean() - c).sign().float() for c in counts])
+    assert torch.equal(biases(model), expected)
+    assert expected.any()
+
+
+def test_skipped_step_moves_nothing_and_forgets_its_loads() -> None:
+    hook, model = started()
+    forward(model, seed=1)
+    hook.after_step(step_of(Records()), SKIPPED)
+    assert not biases(model).any()
+    forward(model, seed=2)
+    expected_counts = [c.clone() for c in model._counts["train"]]
+    hook.after_step(step_of(Records()), APPLIED)
+    expected = torch.stack([0.01 * (c.double().mean() - c).sign().float() for c in expected_counts])
+    assert torch.equal(biases(model), expected), "only the second step's loads count"
+
+
+def test_rule_none_measures_without_moving_or_owning() -> None:
+    hook, model = started(rule="none")
+    records = Records()
+    forward(model)
+    hook.after_step(step_of(records), APPLIED)
+    assert not biases(model).any()
+    assert records.values["moe/maxvio_batch"] > 0
+    assert not hook.owns
+    assert started()[0].owns == {"expert_bias"}
+
+
+def test_clamp_limits_the_bias() -> None:
+    hook, model = started(clamp=0.025)
+    for seed in range(6):
+        forward(model, seed)
+        hook.after_step(step_of(Records()), APPLIED)
+    assert biases(model).abs().max() == pytest.approx(0.025)
+
+
+def test_metrics_have_the_shared_names() -> None:
+    hook, model = started()
+    records = Records()
+    forward(model)
+    hook.after_step(step_of(records), APPLIED)
+    assert set(records.values) == {
+        "moe/maxvio_batch", "moe/layer0/maxvio", "moe/layer1/maxvio", "moe/load_entropy", "moe/dead_experts",
+        "moe/bias_absmax", "moe/bias_mean",
+    }  # fmt: skip
+    layers = [float(records.values[f"moe/layer{i}/maxvio"]) for i in (0, 1)]
+    assert float(records.values["moe/maxvio_batch"]) == pytest.approx(sum(layers) / 2)
+
+
+def test_evaluation_uses_evaluation_loads() -> None:
+    hook, model = started()
+    forward(model, seed=1)  # training loads must not leak into the evaluation
+    model.eval()
+    forward(model, seed=2)
+    expected = [(c.max() - c.double().mean()) / c.double().mean() for c in model._counts["eval"]]
+    records = Records()
+    hook.on_evaluate(EvaluationContext(step=1, tokens=36, recorder=records))
+    assert float(records.values["eval/maxvio_global"]) == pytest.approx(float(torch.stack(expected).mean()))
+
+
+def test_state_comes_back_exactly() -> None:
+    hook, model = started()
+    for seed in range(3):
+        forward(model, seed)
+        hook.after_step(step_of(Records()), APPLIED)
+    state = hook.state_dict()
+    other, other_model = started()
+    assert HookList({"b": other}).digest() != HookList({"b": hook}).digest()
+    other.load_state_dict(state)
+    assert torch.equal(biases(other_model), biases(model))
+    assert HookList({"b": other}).digest() == HookList({"b": hook}).digest()
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "dense"])
+def test_a_model_without_experts_is_refused(model: Any) -> None:
+    if model == "dense":
+        config = ModelConfig(hidden_size=32, num_layers=2, num_dense_layers=2, num_heads=4, num_kv_heads=4)
+        model = MoEDecoder(config, vocab_size=9)
+    with pytest.raises(ConfigError, match="no MoE layer to balance"):
+        ExpertBiasHook(ExpertBiasConfig()).on_start(run_of(model))

@@ -1,0 +1,190 @@
+"""The decoder: experts against a loop, losses, loads, recomputation, arithmetic."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.arithmetic import count_parameters, flops_per_token
+from moe.config import ModelConfig
+from moe.experts import experts_forward
+from moe.model import LOSS_CHUNK, MoEDecoder
+
+SMALL = ModelConfig(
+    hidden_size=32, num_layers=3, num_dense_layers=1, dense_intermediate_size=40, num_heads=4, num_kv_heads=2,
+    num_experts=8, top_k=2, expert_intermediate_size=16, num_shared_experts=1,
+)  # fmt: skip
+VOCAB = 50
+
+
+def small_model(**changes: object) -> MoEDecoder:
+    torch.manual_seed(0)
+    return MoEDecoder(dataclasses.replace(SMALL, **changes), vocab_size=VOCAB)
+
+
+def tokens_and_labels(batch: int = 3, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    stream = torch.randint(0, VOCAB, (batch, length + 1), generator=generator)
+    return stream[:, :-1], stream[:, 1:].clone()
+
+
+def naive_experts(
+    x_ND: torch.Tensor, indices_NK: torch.Tensor, gates_NK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    rows = []
+    for x, experts, gates in zip(x_ND, indices_NK.tolist(), gates_NK, strict=True):
+        total = torch.zeros_like(x)
+        for expert, gate in zip(experts, gates, strict=True):
+            g, u = (x @ gate_up[expert]).chunk(2)
+            total = total + gate * ((F.silu(g) * u) @ down[expert])
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 20), top_k=st.integers(1, 4), skewed=st.booleans())
+def test_experts_equal_a_loop_over_tokens(seed: int, tokens: int, top_k: int, skewed: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, 6, generator=generator)
+    indices_NK = (scores + torch.tensor([9.0, 8, 7, 6, 0, 0]) * skewed).topk(top_k).indices  # skewed: experts 4, 5 empty
+    leaves = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in [(tokens, 8), (tokens, top_k), (6, 8, 32), (6, 16, 8)]
+    ]
+    x_ND, gates_NK, gate_up, down = leaves
+    ours = experts_forward(x_ND, indices_NK, gates_NK, gate_up, down)
+    theirs = naive_experts(x_ND, indices_NK, gates_NK, gate_up, down)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    cotangent = torch.randn(ours.shape, generator=generator)
+    for mine, expected in zip(
+        torch.autograd.grad(ours, leaves, cotangent), torch.autograd.grad(theirs, leaves, cotangent), strict=True
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_no_tokens_still_reach_every_parameter() -> None:
+    x_ND = torch.empty(0, 8, requires_grad=True)
+    gate_up, down = torch.randn(6, 8, 32, requires_grad=True), torch.randn(6, 16, 8, requires_grad=True)
+    out = experts_forward(x_ND, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2), gate_up, down)
+    out.sum().backward()
+    assert out.shape == (0, 8)
+    assert gate_up.grad is not None
+    assert not gate_up.grad.any()
+
+
+def test_token_losses_are_cross_entropy_and_zero_where_ignored() -> None:
+    model = small_model()
+    tokens_BT, labels_BT = tokens_and_labels()
+    labels_BT[1, 4:] = -100
+    losses_BT = model(tokens_BT, labels_BT)
+    expected_BT = F.cross_entropy(model(tokens_BT).transpose(1, 2), labels_BT, reduction="none", ignore_index=-100)
+    torch.testing.assert_close(losses_BT, expected_BT)
+    assert losses_BT.dtype == torch.float32
+    assert not losses_BT[1, 4:].any()
+
+
+def test_loss_in_chunks_equals_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    tokens_BT, labels_BT = tokens_and_labels()
+    whole = model(tokens_BT, labels_BT)
+    whole.mean().backward()
+    gradient = model.head.weight.grad.clone()
+    model.zero_grad()
+    assert tokens_BT.numel() < LOSS_CHUNK
+    monkeypatch.setattr("moe.model.LOSS_CHUNK", 7)
+    chunked = model(tokens_BT, labels_BT)
+    chunked.mean().backward()
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(model.head.weight.grad, gradient)
+
+
+def test_no_token_sees_the_future() -> None:
+    model = small_model().eval()
+    tokens_BT, _ = tokens_and_labels()
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, 7:] = (changed_BT[:, 7:] + 1) % VOCAB
+    torch.testing.assert_close(model(tokens_BT)[:, :7], model(changed_BT)[:, :7], rtol=0, atol=1e-6)
+
+
+def test_recomputation_changes_neither_gradients_nor_loads() -> None:
+    tokens_BT, labels_BT = tokens_and_labels()
+    results = []
+    for recompute in ("none", "block"):
+        model = small_model(activation_recompute=recompute, dropout=0.2)
+        torch.manual_seed(5)
+        model(tokens_BT, labels_BT).mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append((gradients, model.take_counts("train")))
+    (gradients, counts), (recomputed_gradients, recomputed_counts) = results
+    for expected, found in zip(gradients, recomputed_gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    for expected, found in zip(counts, recomputed_counts, strict=True):
+        assert torch.equal(found, expected)
+        assert expected.sum() == tokens_BT.numel() * SMALL.top_k
+
+
+def test_loads_are_of_training_forwards_with_gradients_only() -> None:
+    model = small_model()
+    tokens_BT, labels_BT = tokens_and_labels()
+    labels_BT[0, 5:] = -100
+    with torch.no_grad():
+        model(tokens_BT, labels_BT)  # a scoring pass
+    model.eval()
+    with torch.no_grad():
+        model(tokens_BT, labels_BT)
+    model.train()
+    assert not torch.stack(model.take_counts("train")).any()
+    num_counted = int((labels_BT != -100).sum())
+    for counts_E in model.take_counts("eval"):
+        assert counts_E.sum() == num_counted * SMALL.top_k
+    model(tokens_BT, labels_BT)
+    model(tokens_BT, labels_BT)
+    for counts_E in model.take_counts("train"):
+        assert counts_E.dtype == torch.int64
+        assert counts_E.sum() == 2 * num_counted * SMALL.top_k
+    assert not torch.stack(model.take_counts("train")).any(), "taking them starts again from zero"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qk_norm": True, "attention_bias": True, "num_shared_experts": 0, "num_dense_layers": 0},
+        {"num_dense_layers": 3, "head_dim": 16, "partial_rotary": 0.5},
+    ],
+)
+def test_arithmetic_equals_the_tensors(changes: dict[str, object]) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    assert not config.problems()
+    with torch.device("meta"):
+        model = MoEDecoder(config, vocab_size=VOCAB)
+    count = count_parameters(config, VOCAB)
+    assert count.num_total == sum(parameter.numel() for parameter in model.parameters())
+    unused = config.num_moe_layers * (config.num_experts - config.top_k) * 3 * 32 * 16
+    assert count.num_active == count.num_total - unused
+
+
+def test_flops_equal_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model()
+    tokens_BT, labels_BT = tokens_and_labels(2, 16)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens_BT, labels_BT).sum().backward()
+    # Torch counts neither grouped products nor attention on a CPU: everything else must agree exactly.
+    uncounted = 6 * count_parameters(SMALL, VOCAB).active["routed experts"] + 6 * SMALL.num_layers * 16 * 32
+    assert counter.get_total_flops() == (flops_per_token(SMALL, VOCAB, 16) - uncounted) * tokens_BT.numel()
+
+
+def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+    model = small_model()
+    tokens_BT, labels_BT = tokens_and_labels(8, 16)
+    assert model(tokens_BT, labels_BT).mean().item() == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.05)
+
+
+def test_tied_embeddings_are_one_tensor() -> None:
+    model = small_model(tie_embeddings=True)
+    assert model.head.weight is model.embedding.weight

@@ -1,0 +1,111 @@
+"""Selection by biased scores, gates from unbiased ones."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.config import ModelConfig
+from moe.model import MoEDecoder
+from moe.router import Router, count_tokens, gates_of, select_experts
+
+
+def test_bias_changes_the_selection_but_not_the_gates() -> None:
+    scores_NE = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    bias_E = torch.tensor([0.0, -1.0, 0.0, 0.0])
+    indices_NK = select_experts(scores_NE, bias_E, top_k=2)
+    assert indices_NK.tolist() == [[0, 3]]
+    gates_NK = gates_of(scores_NE, indices_NK, normalize=True, scale=2.5)
+    assert gates_NK.tolist() == [pytest.approx([2.5 * 0.9 / 1.1, 2.5 * 0.2 / 1.1])]
+    assert gates_of(scores_NE, indices_NK, normalize=False, scale=1.0).tolist() == [pytest.approx([0.9, 0.2])]
+
+
+@given(seed=st.integers(0, 2**31), top_k=st.integers(1, 8), spread=st.floats(0, 2))
+def test_selection_is_the_k_largest_biased_scores(seed: int, top_k: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores_NE = torch.rand(17, 8, generator=generator)
+    bias_E = spread * torch.randn(8, generator=generator)
+    indices_NK = select_experts(scores_NE, bias_E, top_k=top_k)
+    biased_NE = scores_NE + bias_E
+    chosen = biased_NE.gather(1, indices_NK).sort(descending=True).values
+    assert torch.equal(chosen, biased_NE.sort(descending=True).values[:, :top_k])
+    assert all(len(set(row)) == top_k for row in indices_NK.tolist())
+
+
+@given(seed=st.integers(0, 2**31))
+def test_selection_ignores_what_all_biases_share(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores_NE = torch.rand(32, 8, generator=generator, dtype=torch.float64)
+    bias_E = torch.randn(8, generator=generator, dtype=torch.float64)
+    assert torch.equal(select_experts(scores_NE, bias_E, top_k=3), select_experts(scores_NE, bias_E + 0.25, top_k=3))
+
+
+@pytest.mark.parametrize(("score", "groups"), [("sigmoid", None), ("sigmoid", (4, 2)), ("softmax", None)])
+def test_equals_megatron_core(score: str, groups: tuple[int, int] | None) -> None:
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    torch.manual_seed(0)
+    logits_NE, bias_E = torch.randn(64, 16), 0.3 * torch.randn(16)
+    num_groups, top_groups = groups or (1, 1)
+    if score == "softmax":
+        bias_E = torch.zeros(16)  # megatron-core ignores a bias there
+    probabilities_NE, map_NE = topk_routing_with_score_function(
+        logits_NE, 4, use_pre_softmax=True, num_groups=groups and num_groups, group_topk=groups and top_groups,
+        scaling_factor=2.5, score_function=score, expert_bias=bias_E if score == "sigmoid" else None,
+    )  # fmt: skip
+    scores_NE = logits_NE.sigmoid() if score == "sigmoid" else logits_NE.softmax(-1)
+    indices_NK = select_experts(scores_NE, bias_E, top_k=4, num_groups=num_groups, top_groups=top_groups)
+    gates_NK = gates_of(scores_NE, indices_NK, normalize=score == "sigmoid", scale=2.5)
+    ours_NE = torch.zeros_like(logits_NE).scatter_(1, indices_NK, gates_NK)
+    assert torch.equal(ours_NE > 0, map_NE)
+    torch.testing.assert_close(ours_NE, probabilities_NE, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_limit_where_experts_come_from() -> None:
+    scores_NE = torch.tensor([[0.9, 0.0, 0.5, 0.5, 0.3, 0.2]])  # group sums of the best two: .9, 1.0, .5
+    indices_NK = select_experts(scores_NE, torch.zeros(6), top_k=2, num_groups=3, top_groups=1)
+    assert sorted(indices_NK[0].tolist()) == [2, 3]
+
+
+def test_counts_leave_padding_out() -> None:
+    indices_NK = torch.tensor([[0, 1], [1, 2], [1, 3]])
+    counted_N = torch.tensor([True, True, False])
+    assert count_tokens(indices_NK, counted_N, 4).tolist() == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_bias_stays_float32_and_exact_under_casts(cast: str) -> None:
+    config = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16)
+    router = Router(config)
+    router.expert_bias_E.copy_(torch.arange(8) * 1.001e-3)
+    exact_E = router.expert_bias_E.clone()
+    getattr(router, cast)()
+    assert router.weight.dtype == getattr(torch, cast)
+    assert router.expert_bias_E.dtype == torch.float32
+    assert torch.equal(router.expert_bias_E, exact_E)
+    assert torch.equal(router.state_dict()["expert_bias_E"], exact_E)
+
+
+def test_bf16_model_routes_in_float32() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16)
+    router = Router(config)
+    torch.nn.init.normal_(router.weight)
+    router.bfloat16()
+    x_ND = torch.randn(64, 32).bfloat16()
+    indices_NK, gates_NK = router(x_ND)
+    exact_NE = (x_ND.float() @ router.weight.float().T).sigmoid()
+    assert gates_NK.dtype == torch.float32
+    assert torch.equal(indices_NK, exact_NE.topk(2).indices)
+
+
+def test_bias_gets_no_gradient() -> None:
+    config = ModelConfig(
+        hidden_size=32, num_layers=2, num_dense_layers=0, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2,
+        expert_intermediate_size=16,
+    )  # fmt: skip
+    model = MoEDecoder(config, vocab_size=11)
+    tokens_BT = torch.randint(0, 11, (2, 5))
+    model(tokens_BT, tokens_BT).sum().backward()
+    assert all(layer.router.expert_bias_E.grad is None for layer in model.moe_layers())
+    assert all(layer.router.weight.grad.abs().sum() > 0 for layer in model.moe_layers())
