@@ -187,7 +187,8 @@ class HookList:
 
     @property
     def needs_batch_losses(self) -> bool:
-        return any(hook.needs_batch_losses for hook in self._hooks.values())
+        """True if losses of the whole step must be known before its first backward. Owning the weights implies it."""
+        return any(hook.needs_batch_losses or "weights" in hook.owns for hook in self._hooks.values())
 
     def on_start(self, run: RunContext) -> None:
         for hook in self._hooks.values():

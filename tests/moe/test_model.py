@@ -48,7 +48,9 @@ def naive_experts(
 def test_experts_equal_a_loop_over_tokens(seed: int, tokens: int, top_k: int, skewed: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, 6, generator=generator)
-    indices_NK = (scores + torch.tensor([9.0, 8, 7, 6, 0, 0]) * skewed).topk(top_k).indices  # skewed: experts 4, 5 empty
+    indices_NK = (
+        (scores + torch.tensor([9.0, 8, 7, 6, 0, 0]) * skewed).topk(top_k).indices
+    )  # skewed: experts 4, 5 empty
     leaves = [
         torch.randn(shape, generator=generator).requires_grad_()
         for shape in [(tokens, 8), (tokens, top_k), (6, 8, 32), (6, 16, 8)]

@@ -75,7 +75,9 @@ def test_counts_leave_padding_out() -> None:
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_bias_stays_float32_and_exact_under_casts(cast: str) -> None:
-    config = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16)
+    config = ModelConfig(
+        hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16
+    )
     router = Router(config)
     router.expert_bias_E.copy_(torch.arange(8) * 1.001e-3)
     exact_E = router.expert_bias_E.clone()
@@ -88,7 +90,9 @@ def test_bias_stays_float32_and_exact_under_casts(cast: str) -> None:
 
 def test_bf16_model_routes_in_float32() -> None:
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16)
+    config = ModelConfig(
+        hidden_size=32, num_heads=4, num_kv_heads=4, num_experts=8, top_k=2, expert_intermediate_size=16
+    )
     router = Router(config)
     torch.nn.init.normal_(router.weight)
     router.bfloat16()

@@ -25,11 +25,12 @@ def block_quotas(weights_D: Sequence[float]) -> Integers:
     weights = np.asarray(weights_D, dtype=np.float64)
     exact = weights / weights.sum() * BLOCK
     quotas = np.where(weights > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
-    while (missing := BLOCK - int(quotas.sum())) != 0:
-        # Give to the largest remainders; take back (only when tiny domains were raised to one) from the largest quotas.
-        order = np.argsort(-(exact - quotas), kind="stable") if missing > 0 else np.argsort(-quotas, kind="stable")
-        eligible = order[weights[order] > 0]
-        quotas[eligible[: abs(missing)]] += 1 if missing > 0 else -1
+    missing = BLOCK - int(quotas.sum())
+    if missing > 0:
+        by_remainder = np.argsort(quotas - exact, kind="stable")
+        quotas[by_remainder[weights[by_remainder] > 0][:missing]] += 1
+    else:  # tiny domains were raised to one: the largest pays for them
+        quotas[quotas.argmax()] += missing
     return quotas
 
 

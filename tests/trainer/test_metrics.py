@@ -1,0 +1,181 @@
+"""From device values to lines of a file, and what is shown of them."""
+
+import io
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from launch import compare
+from launch._cli import run_command
+from trainer.errors import ConfigError, StorageError
+from trainer.metrics import JsonlLog, MetricBuffer, read_jsonl
+from trainer.progress import ProgressDisplay, figures
+from trainer.run_summary import summarize, summary_table
+from trainer.wandb_sink import WandbConfig, WandbSink, run_id
+
+
+def test_values_come_out_as_they_went_in() -> None:
+    buffer = MetricBuffer()
+    for step in (1, 2):
+        buffer.record("step", step)
+        buffer.record("loss", torch.tensor(0.1 * step, dtype=torch.float64))
+        buffer.record("dead", torch.tensor(step))
+        buffer.close_step()
+    assert buffer.flush() == [{"step": 1, "loss": 0.1, "dead": 1}, {"step": 2, "loss": 0.2, "dead": 2}]
+    assert buffer.flush() == []
+
+
+def test_a_name_twice_is_an_error() -> None:
+    buffer = MetricBuffer()
+    buffer.record("loss", 1.0)
+    with pytest.raises(ValueError, match="'loss' is recorded twice"):
+        buffer.record("loss", 2.0)
+
+
+def test_lines_read_back_bit_for_bit(tmp_path: Path) -> None:
+    values = [0.1, 1 / 3, math.pi * 1e-300, float(torch.rand(()).item())]
+    JsonlLog(tmp_path / "m.jsonl").append({"step": n, "loss": value} for n, value in enumerate(values))
+    assert [row["loss"].hex() for row in read_jsonl(tmp_path / "m.jsonl")] == [value.hex() for value in values]
+
+
+def test_values_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    JsonlLog(tmp_path / "m.jsonl").append([{"step": 1, "a": math.nan, "b": math.inf, "c": 0.0}])
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1, "a": None, "b": None, "c": 0.0}]
+
+
+def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    JsonlLog(path).append({"step": n, "loss": n / 3} for n in range(1, 8))
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')
+    JsonlLog(path).truncate_after(5)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4, 5]
+    path.write_text('{"step": 1}\n{oops\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match="line 2 is not JSON"):
+        read_jsonl(path)
+
+
+def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"m\.jsonl"):
+        JsonlLog(tmp_path / "gone" / "m.jsonl").append([{"step": 1}])
+
+
+ROW = {"step": 3, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.0, "moe/maxvio_batch": 0.25, "reweight/ess": None}
+
+
+def test_display_without_a_terminal_writes_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("evenkeel").propagate = True
+    display = ProgressDisplay(4, 0, Console(file=io.StringIO()))
+    with caplog.at_level(logging.INFO, logger="evenkeel"):
+        for step in range(1, 5):
+            display.show(ROW | {"step": step})
+        display.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2, "the first and the last: the others came within ten seconds"
+    assert lines[-1].startswith("step 4/4 loss 2.5000 lr 1.00e-03 tok/s 1,234 maxvio 0.250 eta 0:00:00")
+
+
+def test_display_in_a_terminal_is_live() -> None:
+    screen = io.StringIO()
+    display = ProgressDisplay(4, 0, Console(file=screen, force_terminal=True, width=160))
+    display.show(ROW)
+    display.close()
+    assert "3/4" in screen.getvalue()
+    assert "loss 2.5000" in screen.getvalue()
+
+
+def test_skipped_steps_show() -> None:
+    assert figures(ROW | {"step/applied": 0}).endswith("SKIPPED")
+
+
+def evaluation(step: int, ppl: float, maxvio: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "eval/loss": math.log(ppl),
+        "eval/ppl": ppl,
+        "eval/a/ppl": ppl * 2,
+        "eval/maxvio_global": maxvio,
+    }
+
+
+def test_summary_compares_first_and_last() -> None:
+    rows = [
+        evaluation(0, 100, 2.0),
+        {"step": 1, "loss": 4.0, "reweight/ess": 0.9},
+        {"step": 2, "loss": 3.0, "reweight/ess": 0.7},
+        evaluation(2, 10, 0.5),
+    ]
+    summary = summarize(rows, ["a", "unseen"])
+    assert summary is not None
+    assert summary.ppl == {"a": (200, 20), "all": (100, 10)}
+    assert summary.loss_change("all") == pytest.approx(-0.5)
+    assert summary.maxvio_global == (2.0, 0.5)
+    assert summary.mean_ess == pytest.approx(0.8)
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(summary_table(summary))
+    assert "-50.0%" in screen.getvalue()
+    assert summarize([{"step": 1, "loss": 1.0}], ["a"]) is None
+
+
+def write_run(folder: Path, losses: list[float]) -> Path:
+    folder.mkdir()
+    rows = [{"step": n, "loss": loss, "time/step_s": n * 0.1} for n, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_compare_tells_equal_from_close_from_different(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, same = write_run(tmp_path / "a", [1.0, 2.0]), write_run(tmp_path / "same", [1.0, 2.0])
+    close, short = write_run(tmp_path / "close", [1.0, 2.0 + 1e-9]), write_run(tmp_path / "short", [1.0])
+    assert run_command(compare.main, [str(a), str(same)]) == 0
+    assert "agree (bit for bit" in capsys.readouterr().out
+    assert run_command(compare.main, [str(a), str(close)]) == 1
+    assert "step 2: loss: 0x1.0000000000000p+1 !=" in capsys.readouterr().out
+    assert run_command(compare.main, [str(a), str(close), "--rtol", "1e-6"]) == 0
+    assert run_command(compare.main, [str(a), str(short)]) == 1
+    assert run_command(compare.main, [str(a), str(tmp_path / "none")]) == 2
+
+
+def sink_rows(run_dir: Path, config: WandbConfig) -> float:
+    """Copy some rows; returns the seconds the caller spent."""
+    begin = time.monotonic()
+    sink = WandbSink(config, run_dir=run_dir, run_name="test", resolved_config={"seed": 1})
+    for step in range(1, 4):
+        sink.log({"step": step, "loss": 1.0 / step, "mfu": None})
+    spent = time.monotonic() - begin
+    sink.close(30)
+    return spent
+
+
+def test_wandb_offline_writes_a_real_run(tmp_path: Path) -> None:
+    assert sink_rows(tmp_path, WandbConfig()) < 1
+    (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")
+    (record,) = run.glob("*.wandb")
+    assert b"loss" in record.read_bytes()
+    assert not [path for path in run.rglob("*") if path.suffix in {".py", ".patch"}], "no code is taken along"
+
+
+def test_wandb_that_cannot_be_reached_costs_training_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    logging.getLogger("evenkeel").propagate = True
+    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+        assert sink_rows(tmp_path, WandbConfig(mode="online")) < 1
+    warnings = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "training goes on" in warnings[0]
+    assert "0" * 40 not in warnings[0]
+
+
+def test_wandb_disabled_starts_nothing(tmp_path: Path) -> None:
+    sink_rows(tmp_path, WandbConfig(mode="disabled"))
+    assert not (tmp_path / "wandb").exists()
