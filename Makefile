@@ -12,6 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 CONFIG ?= configs/quickstart.yaml
+ARGS ?=
 # One rank a GPU, or two ranks on a CPU.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
@@ -33,9 +34,9 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m launch.warmup
 	@touch $(READY)
 
-train: $(READY) ## prepare the quickstart's text and train it (CONFIG=..., RANKS=...)
-	$(BIN)/python -m launch.prepare $(CONFIG)
-	$(BIN)/python -m launch.torchrun --standalone --nproc_per_node=$(RANKS) -m launch.train $(CONFIG)
+train: $(READY) ## prepare the quickstart's text and train it (CONFIG=..., ARGS="key=value ...", RANKS=...)
+	$(BIN)/python -m launch.prepare $(CONFIG) $(ARGS)
+	$(BIN)/python -m launch.torchrun --standalone --nproc_per_node=$(RANKS) -m launch.train $(CONFIG) $(ARGS)
 
 test: $(READY) ## run the tests (not the slow ones)
 	$(BIN)/python -m pytest
@@ -51,6 +52,9 @@ static: $(READY) ## format, lint, types, imports
 
 check: static ## everything a commit must pass: static checks and the tests that take seconds
 	$(BIN)/python -m pytest --ignore=tests/dist --ignore=tests/launch
+
+bench: $(READY) ## time layers and hooks on this machine, as ratios
+	$(BIN)/python -m tests.bench
 
 gpu: ## on a machine with a CUDA GPU: device tests and a short bf16 training over NCCL
 	bash launch/gpu.sh

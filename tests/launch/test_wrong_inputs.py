@@ -221,7 +221,8 @@ def test_no_space_left_is_exit_6_and_keeps_the_old_checkpoint(trained: Path, tmp
 
     done = subprocess.run(
         command("launch.train", *arguments, "train.steps=16"),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=limit_file_size, timeout=120, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+        preexec_fn=limit_file_size, check=False,
     )  # fmt: skip
     assert done.returncode == 6, done.stderr[-2000:]
     assert "cannot write the checkpoint of step 16" in done.stderr.splitlines()[-1]

@@ -40,7 +40,7 @@ class Counter(Hook):
 
 
 def test_two_owners_of_a_slot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'weights' is already owned by hooks.first"):
+    with pytest.raises(ConfigError, match=r"'weights' is already owned by hooks\.first"):
         HookList({"first": Owner(), "second": SecondOwner()})
 
 

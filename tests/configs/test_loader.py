@@ -1,0 +1,44 @@
+"""Configuration files: includes, overrides, and a resolved form that loads back equal."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.loader import load_run_config, to_yaml
+from tests.harness import ROOT, tiny_config
+from trainer.data.config import DataConfig
+from trainer.errors import ConfigError
+
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_resolved_config_loads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_run_config(path, world_size=2)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml", world_size=2) == config
+
+
+def test_later_wins_file_over_include_override_over_file(tmp_path: Path, data_config: DataConfig) -> None:
+    base = tiny_config(tmp_path, data_config)
+    (tmp_path / "own.yaml").write_text(f"include: [{base.name}]\ntrain: {{steps: 50}}\noptimizer: {{eps: 1.0e-6}}\n")
+    config = load_run_config(tmp_path / "own.yaml", ["train.steps=60", "wandb.tags=[a, b]"])
+    assert (config.train.steps, config.optimizer.eps, config.seed) == (60, 1e-6, 3)
+    assert config.wandb.tags == ("a", "b")
+
+
+def test_hooks_are_resolved_with_all_their_options(tmp_path: Path, data_config: DataConfig) -> None:
+    config = load_run_config(tiny_config(tmp_path, data_config), ["hooks.expert_bias.enabled=false"])
+    assert config.hooks["expert_bias"] == {
+        "hook": "expert_bias", "enabled": False, "rule": "sign", "rate": 0.01, "clamp": 0.0,
+    }  # fmt: skip
+    assert config.hooks["sample_reweight"]["temperature"] == {"value": 0.5, "warmup_steps": 2, "warmup_value": 100.0}
+
+
+def test_a_problem_says_where_it_comes_from(tmp_path: Path, data_config: DataConfig) -> None:
+    path = tiny_config(tmp_path, data_config, train={"stps": 3})
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path, ["train.steps=x"])
+    assert len(caught.value.problems) == 2
+    assert caught.value.problems[0].startswith(f"{path}: train.stps")
+    assert caught.value.problems[1].startswith("command line: train.steps")

@@ -1,0 +1,46 @@
+"""Train a config briefly in bf16 and print tokens/s, MFU and host syncs a step: `-m tests.gpu.measure CONFIG`."""
+
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from configs.loader import load_run_config
+from launch._run_folder import RunFolder
+from launch.train import train
+from tests.harness import rows
+from trainer import ranks
+from trainer.data.corpus import TokenCorpus
+from trainer.process_group import start_process_group, stop_process_group
+
+STEPS = 60
+WARMUP = 10
+
+if __name__ == "__main__":
+    overrides = [
+        "name=gpu-check", f"train.steps={STEPS}", "engine.precision=bf16", "train.micro_batch_size=16",
+        "evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "train.write_every=10",
+    ]  # fmt: skip
+    config = load_run_config(sys.argv[1], overrides, world_size=ranks.world_size())
+    corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+    start_process_group(60)
+    with warnings.catch_warnings(record=True) as caught, RunFolder(Path(config.folder), config):
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        train(config, corpus, Path(config.folder))
+    syncs = sum("synchroniz" in str(warning.message) for warning in caught)
+    training = [row for row in rows(Path(config.folder)) if "loss" in row][WARMUP:]
+
+    def median(key: str) -> str:
+        values = [float(row[key]) for row in training if row.get(key) is not None]  # type: ignore[arg-type]
+        return f"{statistics.median(values):.4g}" if values else "unknown"
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    sys.stdout.write(
+        f"{device}: {median('tokens_per_s')} tokens/s, MFU {median('mfu')}, {syncs / STEPS:.1f} host syncs a step "
+        f"(start, end and evaluation included), loss {training[0]['loss']:.3f} -> {training[-1]['loss']:.3f}\n"
+    )
+    stop_process_group()
