@@ -87,9 +87,8 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
         stages[f"ZeRO {stage}"] = problems[0] if problems else model_state_bytes(engine, parameters, world_size)
     for name in stages:
         table.add_column(name + (" *" if name.endswith(str(config.engine.zero_stage)) else ""), justify="right")
-    hooks = build_hooks(config.hooks)
     graphs = config.train.global_batch_size // (config.train.micro_batch_size * world_size)
-    kept = graphs if config.train.mode(hooks) == "deferred" else 1
+    kept = graphs if _mode(config) == "deferred" else 1
     activations = activation_bytes(
         config.model,
         vocab_size,
@@ -121,12 +120,17 @@ def _batch(config: RunConfig, vocab_size: int, world_size: int) -> Table:
     accumulation = train.global_batch_size // (train.micro_batch_size * world_size)
     layout = f"{train.micro_batch_size} x {world_size} ranks x {accumulation} micro-batches"
     table.add_row("samples a step", f"{train.global_batch_size:,} = {layout}")
-    table.add_row("accumulation", train.mode(build_hooks(config.hooks)))
+    table.add_row("accumulation", _mode(config))
     table.add_row("tokens a step", f"{tokens:,}")
     table.add_row("tokens in the run", f"{tokens * train.steps:,}")
     table.add_row("model FLOPs a step", f"{flops:.3g}")
     table.add_row("model FLOPs of the run", f"{flops * train.steps:.3g}")
     return table
+
+
+def _mode(config: RunConfig) -> str:
+    needs_whole_step = build_hooks(config.hooks).needs_batch_losses or config.model.aux_loss.global_batch > 0
+    return config.train.mode(needs_whole_step=needs_whole_step)
 
 
 def _cell(state: dict[str, float] | str, component: str) -> str:

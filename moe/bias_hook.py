@@ -6,57 +6,120 @@ Decisions:
 - The bias is float32, lives in the routers, and is saved by this hook too: engines cast or drop buffers.
 - A model without MoE layers is an error: balancing that silently does nothing is the mistake to avoid.
 
-Shape letters: E experts, L MoE layers.
+Shape letters: E experts, Q threshold bins, L MoE layers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from moe.balance_metrics import dead_experts, load_entropy, max_violation
-from moe.rules import RULES
+from moe.router import RoutingStats
+from moe.rules import RULES, Loads, RuleOptions, apply_rule
 from trainer import ranks
 from trainer.errors import ConfigError
 from trainer.hooks import EvaluationContext, Hook, RunContext, State, StateValue, StepContext, StepResult
+
+RuleName = Literal[
+    "sign", "centered_sign", "proportional", "rms", "decay_sqrt", "decay_linear", "smebu", "pid", "multiplicative",
+    "quantile", "bip", "none",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateSchedule:
+    """How the size of a step changes over the run, by applied steps."""
+
+    shape: Literal["constant", "cosine"] = "constant"
+    """cosine falls to zero over the run."""
+    zero_last: float = 0.0
+    """Share of the run, at its end, in which the bias stays as it is (DeepSeek-V3: .5 of 14.8 T tokens)."""
+    freeze_after: int = 0
+    """Applied steps after which the bias stays where it is; 0 never freezes it."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = []
+        if not 0 <= self.zero_last < 1:
+            found.append(f"zero_last: {self.zero_last} must be in [0, 1)")
+        if self.freeze_after < 0:
+            found.append(f"freeze_after: {self.freeze_after} is negative; use 0 to never freeze")
+        return found
+
+
+def rate_factor(schedule: RateSchedule, applied_steps: int, total_steps: int) -> float:
+    """Factor on the rate of the update that follows `applied_steps` applied ones; 0 where the bias is frozen."""
+    if schedule.freeze_after and applied_steps >= schedule.freeze_after:
+        return 0.0
+    if schedule.zero_last and applied_steps >= round((1 - schedule.zero_last) * total_steps):
+        return 0.0
+    if schedule.shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(applied_steps / max(total_steps, 1), 1.0)))
+    return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertBiasConfig:
     """How the bias moves."""
 
-    rule: Literal["sign", "centered_sign", "none"] = "sign"
-    """Balancing rule; `none` measures loads and moves nothing, the baseline of an ablation."""
+    rule: RuleName = "sign"
+    """Balancing rule of moe/rules.py; `none` measures loads and moves nothing, the baseline of an ablation."""
     rate: float = 1e-3
-    """Size of a step (u)."""
+    """Size of a step (u); `quantile` and `bip` have none."""
+    schedule: RateSchedule = field(default_factory=RateSchedule)
+    options: RuleOptions = field(default_factory=RuleOptions)
     clamp: float = 0.0
     """Largest absolute bias; 0 sets no limit."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
-        found = []
+        found = [f"schedule.{line}" for line in self.schedule.problems()]
         if not (math.isfinite(self.rate) and self.rate >= 0):
             found.append(f"rate: {self.rate} must be finite and not negative")
         if not (math.isfinite(self.clamp) and self.clamp >= 0):
             found.append(f"clamp: {self.clamp} must be finite and not negative; 0 sets no limit")
+        rule = RULES.get(self.rule)
+        if self.clamp and rule is not None and rule.multiplicative:
+            found.append("clamp: a multiplicative bias starts at 1 and is not clamped; remove it")
+        if rule is not None and rule.needs_thresholds and self.schedule.shape != "constant":
+            found.append(f"schedule.shape: {self.rule} has no rate to schedule; remove it")
+        read = rule.options if rule is not None else ()
+        defaults = asdict(RuleOptions())
+        for name, value in asdict(self.options).items():
+            if not math.isfinite(value) or value < 0:
+                found.append(f"options.{name}: {value} must be finite and not negative")
+            elif value != defaults[name] and name not in read:
+                found.append(f"options.{name}: rule {self.rule} does not read it; remove it")
+        for name in ("beta", "ema"):
+            if getattr(self.options, name) >= 1:
+                found.append(f"options.{name}: {getattr(self.options, name)} must be less than 1")
         return found
 
 
-class _Router(Protocol):
+class BalancedRouter(Protocol):
+    """What the hook needs of a router."""
+
     expert_bias_E: Tensor
+    num_experts: int
+    top_k: int
+
+    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None: ...
+
+    def threshold_range(self) -> tuple[Tensor, Tensor]: ...
 
 
 class _BalancedLayer(Protocol):
-    router: _Router
+    router: BalancedRouter
 
 
 class _BalancedModel(Protocol):
     def moe_layers(self) -> Sequence[_BalancedLayer]: ...
 
-    def take_counts(self, kind: Literal["train", "eval"]) -> list[Tensor]: ...
+    def take_loads(self, kind: Literal["train", "eval"]) -> list[RoutingStats]: ...
 
 
 class ExpertBiasHook(Hook):
@@ -66,13 +129,16 @@ class ExpertBiasHook(Hook):
 
     def __init__(self, config: ExpertBiasConfig) -> None:
         self._config = config
-        self.owns = frozenset() if config.rule == "none" else frozenset({"expert_bias"})
+        self._rule = RULES.get(config.rule)
+        self.owns = frozenset() if self._rule is None else frozenset({"expert_bias"})
         self._updates = 0
+        self._states: list[dict[str, Tensor]] = []
+        self._total_steps = 0
         self._model: _BalancedModel
-        self._routers: list[_Router] = []
+        self._routers: list[BalancedRouter] = []
 
     def on_start(self, run: RunContext) -> None:
-        """Find the routers in the model.
+        """Find the routers in the model and prepare them for the rule.
 
         Raises ConfigError if there is none.
         """
@@ -80,56 +146,95 @@ class ExpertBiasHook(Hook):
         if not hasattr(run.model, "moe_layers") or not self._model.moe_layers():
             raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
+        self._total_steps = run.total_steps
+        if self._rule is None:
+            return
+        for router in self._routers:
+            router.prepare_balancing(
+                multiplicative=self._rule.multiplicative, collect_thresholds=self._rule.needs_thresholds
+            )
+            self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in self._rule.state})
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """Take the loads of the step, and move the biases if the optimizer moved."""
-        counts = _sum_over_ranks(self._model.take_counts("train"))
-        if result.applied and self._config.rule != "none":
-            self._move(counts)
-        self._record(step, counts)
+        loads = _sum_over_ranks(self._model.take_loads("train"))
+        if result.applied:
+            self._move(loads, rate_factor(self._config.schedule, step.applied_steps, self._total_steps))
+        self._record(step, loads)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         """Record MaxVio_global: loads over the whole held-out split, averaged over layers."""
-        counts = _sum_over_ranks(self._model.take_counts("eval"))
-        evaluation.record("eval/maxvio_global", _mean([max_violation(counts_E) for counts_E in counts]))
+        loads = _sum_over_ranks(self._model.take_loads("eval"))
+        evaluation.record("eval/maxvio_global", _mean([max_violation(layer.counts_E) for layer in loads]))
 
     def state_dict(self) -> State:
-        """The bias of each layer and the number of updates."""
-        biases: State = {f"bias.{i}": router.expert_bias_E.clone() for i, router in enumerate(self._routers)}
-        return biases | {"updates": self._updates}
+        """Each layer's bias and the rule's own tensors, the number of updates, and the rule they belong to."""
+        state: State = {f"bias.{i}": router.expert_bias_E.clone() for i, router in enumerate(self._routers)}
+        for i, own in enumerate(self._states):
+            state |= {f"{name}.{i}": tensor.clone() for name, tensor in own.items()}
+        return state | {"updates": self._updates, "rule": self._config.rule}
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Put saved biases into the routers."""
+        """Put saved biases into the routers. State of another rule is not taken over: only the biases are.
+
+        Raises ConfigError if one rule is additive and the other multiplicative: their biases do not translate.
+        """
+        saved_rule = RULES.get(str(state["rule"]))
+        if self._rule is not None and saved_rule is not None and saved_rule.multiplicative != self._rule.multiplicative:
+            raise ConfigError(f"expert bias: the checkpoint was balanced by {state['rule']}, not {self._config.rule}")
         for i, router in enumerate(self._routers):
-            saved = state[f"bias.{i}"]
-            assert isinstance(saved, Tensor)
-            router.expert_bias_E.copy_(saved)
+            router.expert_bias_E.copy_(cast(Tensor, state[f"bias.{i}"]))
         self._updates = int(cast(int, state["updates"]))
+        if state["rule"] == self._config.rule:
+            for i, own in enumerate(self._states):
+                for name, tensor in own.items():
+                    tensor.copy_(cast(Tensor, state[f"{name}.{i}"]))
 
     @torch.no_grad()
-    def _move(self, counts: Sequence[Tensor]) -> None:
-        rule, limit = RULES[self._config.rule], self._config.clamp
+    def _move(self, loads: Sequence[RoutingStats], factor: float) -> None:
+        if self._rule is None or factor == 0.0:
+            return
         self._updates += 1
-        for router, counts_E in zip(self._routers, counts, strict=True):
-            bias_E = rule(counts_E, router.expert_bias_E, self._config.rate)
+        for i, (router, layer) in enumerate(zip(self._routers, loads, strict=True)):
+            low, high = router.threshold_range()
+            bias_E, state = apply_rule(
+                self._rule,
+                Loads(layer.counts_E, layer.thresholds_EQ, low, high, router.top_k / router.num_experts),
+                router.expert_bias_E,
+                self._states[i],
+                n=self._updates,
+                rate=self._config.rate * factor,
+                options=self._config.options,
+            )
+            limit = self._config.clamp
             router.expert_bias_E.copy_(bias_E.clamp(-limit, limit) if limit else bias_E)
+            self._states[i] |= state
 
-    def _record(self, step: StepContext, counts: Sequence[Tensor]) -> None:
+    def _record(self, step: StepContext, loads: Sequence[RoutingStats]) -> None:
+        counts = [layer.counts_E for layer in loads]
         violations = [max_violation(counts_E) for counts_E in counts]
         for i, violation in enumerate(violations):
             step.record(f"moe/layer{i}/maxvio", violation)
         step.record("moe/maxvio_batch", _mean(violations))
         step.record("moe/load_entropy", _mean([load_entropy(counts_E) for counts_E in counts]))
         step.record("moe/dead_experts", torch.stack([dead_experts(counts_E) for counts_E in counts]).sum())
+        dropped = torch.stack([layer.dropped for layer in loads]).sum()
+        step.record("moe/dropped_share", dropped / torch.cat(counts).sum().clamp(min=1))
         biases = torch.cat([router.expert_bias_E for router in self._routers])
         step.record("moe/bias_absmax", biases.abs().max())
         step.record("moe/bias_mean", biases.mean())
 
 
-def _sum_over_ranks(counts: Sequence[Tensor]) -> list[Tensor]:
-    """Loads of every layer summed over ranks, in one collective. Layers may have different numbers of experts."""
-    flat = ranks.all_reduce_(torch.cat(list(counts)))
-    return list(flat.split([counts_E.numel() for counts_E in counts]))
+def _sum_over_ranks(loads: Sequence[RoutingStats]) -> list[RoutingStats]:
+    """Loads of all layers summed over ranks, in one collective. Layers may have different numbers of experts."""
+    tensors = [tensor for layer in loads for tensor in layer if tensor is not None]
+    flat = ranks.all_reduce_(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+
+    def next_like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else next(parts).view_as(tensor)
+
+    return [RoutingStats(*(next_like(tensor) for tensor in layer)) for layer in loads]  # type: ignore[arg-type]
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

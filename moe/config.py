@@ -1,13 +1,40 @@
 """The shape of the decoder, and what makes a shape impossible."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 LOSS_CHUNK = 8192
 """Tokens whose float32 logits exist at once; longer micro-batches compute their loss in pieces."""
 
 _GROUPED_MM_MULTIPLE = 8  # grouped_mm wants strides of 16 bytes: 8 elements in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxLossConfig:
+    """Coefficients of the router's auxiliary losses (moe/aux_losses.py), 0 for none. Any may join any bias rule."""
+
+    switch: float = 0.0
+    """Balance within a micro-batch; 0.01 is customary."""
+    sequence: float = 0.0
+    """Balance within a sequence; DeepSeek-V3 adds 1e-4 to the bias."""
+    global_batch: float = 0.0
+    """Balance over all ranks and micro-batches of the step."""
+    z: float = 0.0
+    """Size of the router's logits; 1e-3 is customary."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        return [
+            f"{name}: {value} must be finite and not negative"
+            for name, value in asdict(self).items()
+            if not (math.isfinite(value) and value >= 0)
+        ]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to add to the loss."""
+        return any(asdict(self).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +64,7 @@ class ModelConfig:
     """Width of one routed expert (F)."""
     num_shared_experts: int = 2
     """Experts every token uses, each as wide as a routed one."""
-    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_score: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
     """Router score function; always in float32."""
     normalize_gates: bool = True
     """Divide the chosen scores by their sum."""
@@ -47,6 +74,15 @@ class ModelConfig:
     """Groups of experts for group-limited routing (DeepSeek-V3); 1 turns it off."""
     top_groups: int = 1
     """Groups a token may choose experts from."""
+    router_jitter: float = 0.0
+    """Half-width of multiplicative noise on the router's input in training."""
+    capacity_factor: float = 0.0
+    """Tokens of a micro-batch an expert takes at most, relative to its even share; 0 drops none."""
+    drop_by: Literal["score", "position"] = "score"
+    """Which tokens an expert over its capacity keeps: those with the largest gates, or the first."""
+    uniform_routing: bool = False
+    """Deal tokens to experts in turn whatever their scores, for benchmarks."""
+    aux_loss: AuxLossConfig = field(default_factory=AuxLossConfig)
 
     qk_norm: bool = False
     """RMSNorm on each query and key head."""
@@ -139,6 +175,15 @@ class ModelConfig:
                 f"top_k: {self.top_k} experts cannot come from {self.top_groups} groups of "
                 f"{self.num_experts // self.num_groups}; raise top_groups"
             )
+        found += [f"aux_loss.{line}" for line in self.aux_loss.problems()]
+        if not 0 <= self.router_jitter < 1:
+            found.append(f"router_jitter: {self.router_jitter} must be in [0, 1)")
+        if not (math.isfinite(self.capacity_factor) and self.capacity_factor >= 0):
+            found.append(f"capacity_factor: {self.capacity_factor} must be finite and not negative; 0 drops none")
+        if self.drop_by == "position" and not self.capacity_factor:
+            found.append("drop_by: nothing is dropped with capacity_factor 0; set that too or remove this")
+        if self.uniform_routing and self.num_groups > 1:
+            found.append("uniform_routing: ignores groups; set num_groups to 1")
         if self.num_groups > 1 and self.num_experts // max(self.num_groups, 1) < 2:
             found.append(
                 f"num_groups: {self.num_groups} leaves groups of one expert; a group is scored by its best two"

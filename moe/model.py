@@ -6,26 +6,40 @@ Decisions:
 - Expert loads are values that blocks return, added up outside the recomputed regions. Recomputation therefore
   cannot count twice. Training loads are taken only when gradients are on, so that a scoring pass counts nothing.
 - Padding (label -100) is routed like any token but not counted.
+- Auxiliary losses leave the model as a linear form, features of each sample and coefficients that may depend on the
+  loads of the whole step: so a loss over the global batch is exact although no micro-batch ever sees that batch.
 
-Shape letters: B samples, T sequence, N tokens (B*T), D model width, E experts, L MoE layers, V vocabulary.
+Shape letters: B samples, T sequence, N tokens (B*T), D model width, E experts, K experts a token uses, L MoE layers,
+V vocabulary, X features of the auxiliary losses, Y statistics they need of the whole step.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe.aux_losses import mean_probabilities, sequence_loss, switch_loss, z_loss
 from moe.config import LOSS_CHUNK, ModelConfig
 from moe.experts import Experts
 from moe.layers import Attention, FeedForward, RMSNorm, rotary_table
-from moe.router import Router, count_tokens
+from moe.router import THRESHOLD_BINS, Router, Routing, RoutingStats
 
 IGNORED_LABEL = -100
 
 CountKind = Literal["train", "eval"]
+
+
+class LayerReport(NamedTuple):
+    """What an MoE layer has to say besides its output."""
+
+    stats: RoutingStats
+    penalty_B: Tensor | None
+    """Auxiliary losses that are known at once, weighted, for each sample."""
+    probabilities_BE: Tensor | None
+    """Mean normalised score of each expert, for the loss over the global batch."""
 
 
 class MoELayer(nn.Module):
@@ -35,6 +49,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
+        self._aux = config.aux_loss
         shared = config.num_shared_experts * config.expert_intermediate_size
         self.shared = FeedForward(config.hidden_size, shared) if shared else None
 
@@ -46,14 +61,33 @@ class MoELayer(nn.Module):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x_BTD: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [B, T, D] and the load of each expert, int64 [E]."""
+    def forward(self, x_BTD: Tensor, counted_BT: Tensor) -> tuple[Tensor, LayerReport]:
+        """Output [B, T, D] and what the layer observed."""
         x_ND = x_BTD.flatten(0, 1)
-        indices_NK, gates_NK = self.router(x_ND)
-        y_ND = self.experts(x_ND, indices_NK, gates_NK)
+        routing = self.router(x_ND, counted_BT.flatten())
+        y_ND = self.experts(x_ND, routing.indices_NK, routing.gates_NK)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), count_tokens(indices_NK, counted_BT.flatten(), self.num_experts)
+        return y_ND.view_as(x_BTD), self._report(routing, counted_BT)
+
+    def _report(self, routing: Routing, counted_BT: Tensor) -> LayerReport:
+        aux = self._aux
+        if not (self.training and aux.any):
+            return LayerReport(routing.stats, None, None)
+        scores_BTE, logits_BTE, indices_BTK = (
+            tensor.unflatten(0, counted_BT.shape)
+            for tensor in (routing.scores_NE, routing.logits_NE, routing.indices_NK)
+        )
+        penalty_B = scores_BTE.new_zeros(counted_BT.shape[0])
+        if aux.switch:
+            penalty_B = penalty_B + aux.switch * switch_loss(scores_BTE, indices_BTK, counted_BT)
+        if aux.sequence:
+            penalty_B = penalty_B + aux.sequence * sequence_loss(scores_BTE, counted_BT, self.top_k)
+        if aux.z:
+            penalty_B = penalty_B + aux.z * z_loss(logits_BTE, counted_BT)
+        return LayerReport(
+            routing.stats, penalty_B, mean_probabilities(scores_BTE, counted_BT) if aux.global_batch else None
+        )
 
 
 class Block(nn.Module):
@@ -70,16 +104,16 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, T, D] and the experts' loads int64 [E], or None for a dense block."""
+        """Hidden states [B, T, D] and the MoE layer's report, or None for a dense block."""
         mixed_BTD = self.attention(self.attention_norm(x_BTD), cos_Th, sin_Th)
         x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
         normed_BTD = self.mlp_norm(x_BTD)
-        counts_E = None
+        report = None
         if isinstance(self.mlp, MoELayer):
-            out_BTD, counts_E = self.mlp(normed_BTD, counted_BT)
+            out_BTD, report = self.mlp(normed_BTD, counted_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
-        return x_BTD + F.dropout(out_BTD, self._dropout, self.training), counts_E
+        return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report
 
 
 class MoEDecoder(nn.Module):
@@ -96,57 +130,89 @@ class MoEDecoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._counts: dict[CountKind, list[Tensor]] = {"train": [], "eval": []}
+        self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
         self._initialize()
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100."""
-        hidden_BTD = self._hidden(tokens_BT, labels_BT)
+    penalty_name = "moe/aux_loss"
+    """Metric under which the loop reports the auxiliary losses."""
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """True if the auxiliary losses need the loads of the whole step before any backward."""
+        return bool(self.config.aux_loss.global_batch)
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, T, V]; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100.
+
+        In training with auxiliary losses: also their features [B, X] and statistics [Y]. The term to add to the loss is
+        the mean over the global batch of features @ penalty_coefficients(statistics summed over the step).
+        """
+        hidden_BTD, reports = self._hidden(tokens_BT, labels_BT)
         if labels_BT is None:
             logits_BTV: Tensor = self.head(hidden_BTD)
             return logits_BTV
-        return self._token_losses(hidden_BTD.flatten(0, 1), labels_BT.flatten()).view_as(labels_BT)
+        losses_BT = self._token_losses(hidden_BTD.flatten(0, 1), labels_BT.flatten()).view_as(labels_BT)
+        penalties = [report.penalty_B for report in reports if report.penalty_B is not None]
+        if not penalties:
+            return losses_BT
+        features = [torch.stack(penalties).sum(0).unsqueeze(1)]
+        features += [report.probabilities_BE for report in reports if report.probabilities_BE is not None]
+        return losses_BT, torch.cat(features, dim=1), torch.cat([report.stats.counts_E for report in reports])
+
+    def penalty_coefficients(self, statistics_Y: Tensor | None) -> Tensor:
+        """Coefficients of the auxiliary losses' features, float32 [X].
+
+        `statistics_Y`: loads of all layers summed over the step's micro-batches and ranks; None will do unless
+        `needs_whole_step`.
+        """
+        parts = [torch.ones(1, device=self.head.weight.device)]
+        if self.needs_whole_step:
+            assert statistics_Y is not None
+            for counts_E in statistics_Y.split([layer.num_experts for layer in self.moe_layers()]):
+                share_E = counts_E / counts_E.sum().clamp(min=1)
+                parts.append(self.config.aux_loss.global_batch * counts_E.numel() * share_E)
+        return torch.cat(parts)
 
     def moe_layers(self) -> list[MoELayer]:
         """The layers with routed experts, in the order the data meets them."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
 
-    def take_counts(self, kind: CountKind) -> list[Tensor]:
-        """Loads of every MoE layer on this rank since the last call, int64 [E] each; then zero.
+    def take_loads(self, kind: CountKind) -> list[RoutingStats]:
+        """Loads of every MoE layer on this rank since the last call; then zero.
 
-        `train` counts forwards in training mode with gradients on, `eval` those in evaluation mode.
+        `train` adds up forwards in training mode with gradients on, `eval` those in evaluation mode.
         """
-        counts = self._counts[kind] or [
-            torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.router.weight.device)
-            for layer in self.moe_layers()
-        ]
-        self._counts[kind] = []
-        return counts
+        taken, self._stats[kind] = self._stats[kind], []
+        return taken or [_no_stats(layer) for layer in self.moe_layers()]
 
-    def _hidden(self, tokens_BT: Tensor, labels_BT: Tensor | None) -> Tensor:
+    def take_counts(self, kind: CountKind) -> list[Tensor]:
+        """The counts of `take_loads`, int64 [E] for each layer."""
+        return [stats.counts_E for stats in self.take_loads(kind)]
+
+    def _hidden(self, tokens_BT: Tensor, labels_BT: Tensor | None) -> tuple[Tensor, list[LayerReport]]:
         config = self.config
         x_BTD = self.embedding(tokens_BT)
         cos_Th, sin_Th = rotary_table(tokens_BT.shape[1], config.rotary_size, config.rope_theta, tokens_BT.device)
         counted_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
         recompute = config.activation_recompute == "block" and self.training and torch.is_grad_enabled()
-        counts: list[Tensor] = []
+        reports: list[LayerReport] = []
         for block in self.blocks:
             if recompute:
-                x_BTD, counts_E = checkpoint(block, x_BTD, cos_Th, sin_Th, counted_BT, use_reentrant=False)
+                x_BTD, report = checkpoint(block, x_BTD, cos_Th, sin_Th, counted_BT, use_reentrant=False)
             else:
-                x_BTD, counts_E = block(x_BTD, cos_Th, sin_Th, counted_BT)
-            if counts_E is not None:
-                counts.append(counts_E)
-        self._add_counts(counts)
+                x_BTD, report = block(x_BTD, cos_Th, sin_Th, counted_BT)
+            if report is not None:
+                reports.append(report)
+        self._add_stats([report.stats for report in reports])
         normed_BTD: Tensor = self.final_norm(x_BTD)
-        return normed_BTD
+        return normed_BTD, reports
 
-    def _add_counts(self, counts: list[Tensor]) -> None:
+    def _add_stats(self, new: list[RoutingStats]) -> None:
         if self.training and not torch.is_grad_enabled():
             return
         kind: CountKind = "train" if self.training else "eval"
-        before = self._counts[kind]
-        self._counts[kind] = [old + new for old, new in zip(before, counts, strict=True)] if before else counts
+        old = self._stats[kind]
+        self._stats[kind] = [_add(a, b) for a, b in zip(old, new, strict=True)] if old else new
 
     def _token_losses(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
         def chunk_losses(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -171,3 +237,14 @@ class MoEDecoder(nn.Module):
             elif parameter.ndim > 1:
                 into_residual = name.endswith(("attention.output.weight", "down", "down.weight"))
                 parameter.normal_(std=residual_std if into_residual else std)
+
+
+def _add(a: RoutingStats, b: RoutingStats) -> RoutingStats:
+    thresholds_EQ = None if a.thresholds_EQ is None or b.thresholds_EQ is None else a.thresholds_EQ + b.thresholds_EQ
+    return RoutingStats(a.counts_E + b.counts_E, a.dropped + b.dropped, thresholds_EQ)
+
+
+def _no_stats(layer: MoELayer) -> RoutingStats:
+    zeros_E = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.router.weight.device)
+    thresholds_EQ = zeros_E.new_zeros(layer.num_experts, THRESHOLD_BINS) if layer.router.collects_thresholds else None
+    return RoutingStats(zeros_E, zeros_E.new_zeros(()), thresholds_EQ)

@@ -4,15 +4,55 @@ The bias that balances the experts takes part in the selection and in nothing el
 scores, so the bias has no gradient and leaves the function of the chosen experts alone
 (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-Shape letters: N tokens, D model width, E experts, K experts a token uses, g groups.
+What a forward learned about loads is returned, never stored: the model adds it up outside recomputed regions.
+
+Shape letters: N tokens, D model width, E experts, K experts a token uses, g groups, Q threshold bins.
 """
 
+import math
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from trainer.errors import ConfigError
+
+THRESHOLD_BINS = 1000
+
+ScoreFunction = Literal["sigmoid", "softmax", "sqrtsoftplus"]
+
+
+class RoutingStats(NamedTuple):
+    """What one forward did, additive over micro-batches and ranks; int64."""
+
+    counts_E: Tensor
+    """Tokens that chose each expert, padding left out."""
+    dropped: Tensor
+    """Choices beyond an expert's capacity, scalar."""
+    thresholds_EQ: Tensor | None
+    """Histogram of the bias at which each expert would just have been chosen, if somebody asked for it."""
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one forward go."""
+
+    indices_NK: Tensor
+    gates_NK: Tensor
+    scores_NE: Tensor
+    logits_NE: Tensor
+    stats: RoutingStats
+
+
+def router_scores(logits_NE: Tensor, function: ScoreFunction) -> Tensor:
+    """Scores in float32, [N, E]."""
+    if function == "sigmoid":
+        return logits_NE.sigmoid()
+    if function == "softmax":
+        return logits_NE.softmax(dim=-1)
+    return F.softplus(logits_NE).sqrt()
 
 
 def select_experts(
@@ -23,7 +63,10 @@ def select_experts(
     With groups, only experts of the `top_groups` best groups can be chosen; a group's score is the sum of its two
     largest biased scores (arXiv 2412.19437, section 2.1.2).
     """
-    biased_NE = scores_NE + bias_E
+    return _top_experts(scores_NE + bias_E, top_k=top_k, num_groups=num_groups, top_groups=top_groups)
+
+
+def _top_experts(biased_NE: Tensor, *, top_k: int, num_groups: int, top_groups: int) -> Tensor:
     if num_groups > 1:
         grouped_Nge = biased_NE.unflatten(1, (num_groups, -1))
         best_Ng = grouped_Nge.topk(2, dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1, sorted=False).indices
@@ -40,11 +83,52 @@ def gates_of(scores_NE: Tensor, indices_NK: Tensor, *, normalize: bool, scale: f
     return gates_NK * scale
 
 
+def uniform_experts(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Tensor:
+    """Experts dealt in turn, int64 [N, K]: perfectly balanced whatever the scores, for benchmarks."""
+    return torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k) % num_experts
+
+
 def count_tokens(indices_NK: Tensor, counted_N: Tensor, num_experts: int) -> Tensor:
     """How many counted tokens chose each expert, int64 [E]. `counted_N` is False for padding."""
     chosen = indices_NK.flatten()
     ones = counted_N.to(torch.int64).unsqueeze(1).expand_as(indices_NK).flatten()
     return torch.zeros(num_experts, dtype=torch.int64, device=chosen.device).index_add_(0, chosen, ones)
+
+
+def within_capacity(
+    indices_NK: Tensor, gates_NK: Tensor, *, capacity: int, num_experts: int, by: Literal["score", "position"]
+) -> Tensor:
+    """Which choices fit when an expert takes at most `capacity` tokens, bool [N, K].
+
+    `position` keeps an expert's first tokens, `score` those with the largest gates (earlier ones on a tie).
+    """
+    experts = indices_NK.flatten()
+    order = torch.arange(experts.numel(), device=experts.device)
+    if by == "score":
+        order = gates_NK.detach().flatten().argsort(descending=True, stable=True)
+    by_expert = order[experts[order].argsort(stable=True)]
+    loads_E = torch.bincount(experts, minlength=num_experts)
+    first_E = loads_E.cumsum(0) - loads_E
+    rank_in_expert = torch.empty_like(experts)
+    rank_in_expert[by_expert] = torch.arange(experts.numel(), device=experts.device)
+    return (rank_in_expert - first_E[experts] < capacity).view_as(indices_NK)
+
+
+def threshold_histogram(
+    scores_NE: Tensor, bias_E: Tensor, counted_N: Tensor, *, top_k: int, low: Tensor, high: Tensor
+) -> Tensor:
+    """Histogram over tokens of alpha_i - s_ij for each expert, int64 [E, Q] on [low, high].
+
+    alpha_i is the (k+1)-th largest biased score of token i: expert j would just be chosen with bias alpha_i - s_ij.
+    """
+    alpha_N1 = (scores_NE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    position_NE = (alpha_N1 - scores_NE - low) / (high - low) * THRESHOLD_BINS
+    bin_NE = position_NE.long().clamp(0, THRESHOLD_BINS - 1)
+    num_experts = scores_NE.shape[1]
+    flat_NE = bin_NE + THRESHOLD_BINS * torch.arange(num_experts, device=scores_NE.device)
+    ones_NE = counted_N.to(torch.int64).unsqueeze(1).expand_as(flat_NE)
+    histogram = torch.zeros(num_experts * THRESHOLD_BINS, dtype=torch.int64, device=scores_NE.device)
+    return histogram.index_add_(0, flat_NE.flatten(), ones_NE.flatten()).view(num_experts, THRESHOLD_BINS)
 
 
 class Router(nn.Module):
@@ -56,24 +140,66 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self._config = config
+        self._multiplicative = self.collects_thresholds = False
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts int64 [N, K] and their gates float32 [N, K]."""
+    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None:
+        """Set the router up for a rule: how the bias enters the selection, and what has to be observed.
+
+        Raises ConfigError if the rule cannot work with this router.
+        """
+        config = self._config
+        if collect_thresholds and (config.router_score == "sqrtsoftplus" or config.num_groups > 1):
+            raise ConfigError("expert bias: quantile and bip need bounded scores and no groups; choose another rule")
+        if collect_thresholds and config.top_k == config.num_experts:
+            raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
+        self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
+        self.expert_bias_E.fill_(1.0 if multiplicative else 0.0)
+
+    def threshold_range(self) -> tuple[Tensor, Tensor]:
+        """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""
+        return self.expert_bias_E.min() - 1, self.expert_bias_E.max() + 1
+
+    def forward(self, x_ND: Tensor, counted_N: Tensor) -> Routing:
+        """Route every token; gates are float32 [N, K]. Padding (`counted_N` False) is routed but not counted."""
         config = self._config
         # Routing is a comparison of close numbers: products, scores and selection all stay in float32.
-        logits_NE = x_ND.float() @ self.weight.float().T
-        scores_NE = logits_NE.sigmoid() if config.router_score == "sigmoid" else logits_NE.softmax(dim=-1)
-        indices_NK = select_experts(
-            scores_NE.detach(),
-            self.expert_bias_E,
-            top_k=config.top_k,
-            num_groups=config.num_groups,
-            top_groups=config.top_groups,
-        )
+        wide_ND = x_ND.float()
+        if config.router_jitter and self.training:
+            # Drawn from torch's generator, whose state checkpoints keep and recomputation and two passes replay.
+            wide_ND = wide_ND * torch.empty_like(wide_ND).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+        logits_NE = wide_ND @ self.weight.float().T
+        scores_NE = router_scores(logits_NE, config.router_score)
+        with torch.no_grad():
+            indices_NK = self._select(scores_NE)
         gates_NK = gates_of(scores_NE, indices_NK, normalize=config.normalize_gates, scale=config.routed_scale)
-        return indices_NK, gates_NK
+        dropped = torch.zeros((), dtype=torch.int64, device=x_ND.device)
+        if config.capacity_factor:
+            capacity = math.ceil(config.capacity_factor * x_ND.shape[0] * self.top_k / self.num_experts)
+            kept_NK = within_capacity(
+                indices_NK, gates_NK, capacity=capacity, num_experts=self.num_experts, by=config.drop_by
+            )
+            gates_NK = gates_NK * kept_NK
+            dropped = (~kept_NK & counted_N.unsqueeze(1)).sum()
+        stats = RoutingStats(
+            count_tokens(indices_NK, counted_N, self.num_experts), dropped, self._thresholds(scores_NE, counted_N)
+        )
+        return Routing(indices_NK, gates_NK, scores_NE, logits_NE, stats)
+
+    def _select(self, scores_NE: Tensor) -> Tensor:
+        config = self._config
+        if config.uniform_routing:
+            return uniform_experts(scores_NE.shape[0], self.top_k, self.num_experts, scores_NE.device)
+        biased_NE = scores_NE * self.expert_bias_E if self._multiplicative else scores_NE + self.expert_bias_E
+        return _top_experts(biased_NE, top_k=self.top_k, num_groups=config.num_groups, top_groups=config.top_groups)
+
+    @torch.no_grad()
+    def _thresholds(self, scores_NE: Tensor, counted_N: Tensor) -> Tensor | None:
+        if not (self.collects_thresholds and self.training):
+            return None
+        low, high = self.threshold_range()
+        return threshold_histogram(scores_NE, self.expert_bias_E, counted_N, top_k=self.top_k, low=low, high=high)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # model.bfloat16() casts floating buffers too; a bias that moves by 1e-3 a step would not survive it.

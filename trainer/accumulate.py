@@ -10,15 +10,20 @@ Three ways to get there, chosen by what the hooks need (algorithms: Sow et al. 2
 - `two_pass`: M forwards without graphs, weights, then forward + backward each, with the random state of the
   first pass replayed so that dropout draws the same masks.
 
+A model may return, beside its token losses [b, T], features [b, X] of a penalty and statistics [Y] of the micro-batch.
+The objective then also has the mean over all B samples of features @ c, with c = model.penalty_coefficients(statistics
+summed over the step). A model whose c depends on the statistics says `needs_whole_step` and is not run in `streaming`.
+
 One all-gather of five numbers a sample per step shows every rank the whole batch (two in `streaming`, which
 must know the token counts first). It also carries the stop request, so agreeing to stop costs nothing.
 
-Shape letters: B samples of the step, b of a micro-batch, S of this rank, M micro-batches, T sequence, W ranks.
+Shape letters: B samples of the step, b of a micro-batch, S of this rank, M micro-batches, T sequence, W ranks,
+X features, Y statistics.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +57,14 @@ def loss_coefficients(tokens_B: Tensor, weights_B: Tensor | None, normalization:
 def sample_losses(token_losses_bT: Tensor, tokens_b: Tensor) -> Tensor:
     """Mean cross-entropy of each sample over its target tokens, float32 [b]; 0 for a sample without any."""
     return token_losses_bT.float().sum(dim=1) / tokens_b.clamp(min=1)
+
+
+class Forwarded(NamedTuple):
+    """What one forward gave."""
+
+    loss_b: Tensor
+    features_bX: Tensor | None
+    statistics_Y: Tensor | None
 
 
 class GlobalBatch(NamedTuple):
@@ -88,6 +101,7 @@ class Accumulator:
         device: torch.device,
     ) -> None:
         assert mode != "streaming" or not hooks.needs_batch_losses, "a hook needs the losses before the backward"
+        assert mode != "streaming" or not getattr(engine.module, "needs_whole_step", False)
         self._engine = engine
         self._hooks = hooks
         self._mode = mode
@@ -100,26 +114,28 @@ class Accumulator:
         """Accumulate the gradient of one step; `stop` tells that this rank was asked to end the run."""
         batches = [batch.to(self._device) for batch in micro_batches]
         tokens = [(batch.labels_bT != IGNORED_LABEL).sum(dim=1) for batch in batches]
-        coefficients_B = None
+        last = len(batches) - 1
+        objective: _Objective | None = None
         generators: list[_RandomState] = []
-        graphs: list[Tensor] = []
+        waiting: list[Forwarded] = []  # forwards whose backward is still to come
         losses: list[Tensor] = []
+        statistics: list[Tensor] = []
 
         if self._mode == "streaming":
             known = self._gather(batches, tokens, [n.new_zeros(n.shape) for n in tokens], stop=stop)
-            coefficients_B = loss_coefficients(known.tokens_B, None, self._normalization)
+            objective = self._objective(loss_coefficients(known.tokens_B, None, self._normalization), statistics, step)
         for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):
             if self._mode == "two_pass":
                 generators.append(_RandomState.now(self._device))
-                with torch.no_grad():
-                    losses.append(self._forward(batch, tokens_b))
-                continue
-            loss_b = self._forward(batch, tokens_b)
-            losses.append(loss_b.detach())
-            if coefficients_B is not None and m < len(batches) - 1:
-                self._backward(loss_b, self._own(coefficients_B, batch, step), last=False)
-            else:
-                graphs.append(loss_b)
+            with torch.set_grad_enabled(self._mode != "two_pass"):
+                forwarded = self._forward(batch, tokens_b)
+            losses.append(forwarded.loss_b.detach())
+            if forwarded.statistics_Y is not None:
+                statistics.append(forwarded.statistics_Y)
+            if objective is not None and m < last:
+                self._engine.backward(objective(forwarded, batch), last=False)
+            elif self._mode != "two_pass":
+                waiting.append(forwarded)
 
         batch_B = self._gather(batches, tokens, losses, stop=stop)
         context = StepContext(
@@ -134,35 +150,41 @@ class Accumulator:
         skip_reason, stop_requested = self._verdict(batch_B)
         if not skip_reason:
             self._hooks.on_losses(context)
-        if coefficients_B is None:
+        if objective is None:
             coefficients_B = loss_coefficients(context.tokens_B, context.weights_B, self._normalization)
-        done = AccumulatedStep(context, coefficients_B, skip_reason, stop_requested)
+            objective = self._objective(coefficients_B, statistics, step)
+        done = AccumulatedStep(context, objective.coefficients_B, skip_reason, stop_requested)
 
         if skip_reason:
-            if self._mode == "streaming" and len(batches) > 1:
-                self._engine.abandon(graphs[0].sum())
+            if self._mode == "streaming" and last > 0:
+                self._engine.abandon(waiting[0].loss_b.sum())
             return done
-        if self._mode == "two_pass":
-            for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):
+        for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):
+            if self._mode == "two_pass":
                 generators[m].restore(self._device)
-                loss_b = self._forward(batch, tokens_b)
-                self._backward(loss_b, self._own(coefficients_B, batch, step), last=m == len(batches) - 1)
-            return done
-        for batch in batches[len(batches) - len(graphs) :]:
-            loss_b = graphs.pop(0)
-            self._backward(loss_b, self._own(coefficients_B, batch, step), last=not graphs)
+                self._engine.backward(objective(self._forward(batch, tokens_b), batch), last=m == last)
+            elif self._mode == "deferred" or m == last:
+                self._engine.backward(objective(waiting.pop(0), batch), last=m == last)
+        if objective.penalty is not None:
+            recorder.record(self._engine.module.penalty_name, objective.penalty, "sum")  # type: ignore[arg-type]
         return done
 
-    def _forward(self, batch: MicroBatch, tokens_b: Tensor) -> Tensor:
-        return sample_losses(self._engine.forward(batch.tokens_bT, batch.labels_bT), tokens_b)
+    def _forward(self, batch: MicroBatch, tokens_b: Tensor) -> Forwarded:
+        output = self._engine.forward(batch.tokens_bT, batch.labels_bT)
+        if isinstance(output, Tensor):
+            return Forwarded(sample_losses(output, tokens_b), None, None)
+        token_losses_bT, features_bX, statistics_Y = output
+        return Forwarded(sample_losses(token_losses_bT, tokens_b), features_bX, statistics_Y)
 
-    def _backward(self, loss_b: Tensor, coefficients_b: Tensor, *, last: bool) -> None:
-        self._engine.backward((loss_b * coefficients_b.to(loss_b.dtype)).sum(), last=last)
-
-    def _own(self, values_B: Tensor, batch: MicroBatch, step: int) -> Tensor:
-        # Samples of a step are consecutive ids, and the global view is sorted by id: position is a subtraction.
-        first_id = (step - 1) * values_B.numel()
-        return values_B[batch.sample_ids_b - first_id]
+    def _objective(self, coefficients_B: Tensor, statistics: Sequence[Tensor], step: int) -> "_Objective":
+        module: Any = self._engine.module
+        penalty_X = None
+        if hasattr(module, "penalty_coefficients"):
+            total_Y = None
+            if module.needs_whole_step:
+                total_Y = ranks.all_reduce_(torch.stack(list(statistics)).sum(dim=0))
+            penalty_X = module.penalty_coefficients(total_Y)
+        return _Objective(coefficients_B, penalty_X, step)
 
     def _gather(
         self, batches: Sequence[MicroBatch], tokens: Sequence[Tensor], losses: Sequence[Tensor], *, stop: bool
@@ -192,6 +214,27 @@ class Accumulator:
             shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             return f"loss is not finite in sample {shown}", stop
         return ("" if any_tokens else "no sample has a target token"), stop
+
+
+class _Objective:
+    """One step's objective, once its coefficients are known: turns a forward into this rank's share of it."""
+
+    def __init__(self, coefficients_B: Tensor, penalty_X: Tensor | None, step: int) -> None:
+        self.coefficients_B = coefficients_B
+        self.penalty: Tensor | None = None
+        """Value of the penalty so far, on this rank."""
+        self._penalty_X = penalty_X
+        # Samples of a step are consecutive ids, and the global view is sorted by id: position is a subtraction.
+        self._first_id = (step - 1) * coefficients_B.numel()
+
+    def __call__(self, forwarded: Forwarded, batch: MicroBatch) -> Tensor:
+        own_b = self.coefficients_B[batch.sample_ids_b - self._first_id]
+        share = (forwarded.loss_b * own_b.to(forwarded.loss_b.dtype)).sum()
+        if forwarded.features_bX is not None and self._penalty_X is not None:
+            penalty = (forwarded.features_bX @ self._penalty_X).sum() / self.coefficients_B.numel()
+            self.penalty = penalty.detach() if self.penalty is None else self.penalty + penalty.detach()
+            share = share + penalty
+        return share
 
 
 class _RandomState(NamedTuple):

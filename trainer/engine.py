@@ -148,10 +148,10 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy of every target token, float32 [B, T]; 0 where the label is ignored."""
-        losses_BT: Tensor = self._engine(tokens_BT, labels_BT)
-        return losses_BT
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of every target token, float32 [B, T], and what else the model returns in training."""
+        output: Tensor | tuple[Tensor, Tensor, Tensor] = self._engine(tokens_BT, labels_BT)
+        return output
 
     def backward(self, objective: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a scalar that is this rank's share of the globally normalised objective.

@@ -71,10 +71,10 @@ class TrainConfig:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
         return found
 
-    def mode(self, hooks: HookList) -> AccumulationMode:
-        """How this run accumulates, given what its hooks need."""
+    def mode(self, *, needs_whole_step: bool) -> AccumulationMode:
+        """How this run accumulates, given whether hooks or the model must see the whole step before a backward."""
         if self.accumulation == "auto":
-            return "deferred" if hooks.needs_batch_losses else "streaming"
+            return "deferred" if needs_whole_step else "streaming"
         return self.accumulation
 
     def batch_problems(self, world_size: int) -> list[str]:
@@ -132,7 +132,9 @@ class Trainer:
         self._accumulator = Accumulator(
             self.engine,
             self.hooks,
-            mode=self.config.mode(self.hooks),
+            mode=self.config.mode(
+                needs_whole_step=self.hooks.needs_batch_losses or getattr(self.engine.module, "needs_whole_step", False)
+            ),
             normalization=self.config.loss_normalization,
             device=self.run.device,
         )

@@ -77,7 +77,7 @@ def test_skipped_step_moves_nothing_and_forgets_its_loads() -> None:
     hook.after_step(step_of(Records()), SKIPPED)
     assert not biases(model).any()
     forward(model, seed=2)
-    expected_counts = [c.clone() for c in model._counts["train"]]
+    expected_counts = [c.clone() for c in [s.counts_E for s in model._stats["train"]]]
     hook.after_step(step_of(Records()), APPLIED)
     expected = torch.stack([0.01 * (c.double().mean() - c).sign().float() for c in expected_counts])
     assert torch.equal(biases(model), expected), "only the second step's loads count"
@@ -109,7 +109,7 @@ def test_metrics_have_the_shared_names() -> None:
     hook.after_step(step_of(records), APPLIED)
     assert set(records.values) == {
         "moe/maxvio_batch", "moe/layer0/maxvio", "moe/layer1/maxvio", "moe/load_entropy", "moe/dead_experts",
-        "moe/bias_absmax", "moe/bias_mean",
+        "moe/bias_absmax", "moe/bias_mean", "moe/dropped_share",
     }  # fmt: skip
     layers = [float(records.values[f"moe/layer{i}/maxvio"]) for i in (0, 1)]
     assert float(records.values["moe/maxvio_batch"]) == pytest.approx(sum(layers) / 2)
@@ -120,7 +120,7 @@ def test_evaluation_uses_evaluation_loads() -> None:
     forward(model, seed=1)  # training loads must not leak into the evaluation
     model.eval()
     forward(model, seed=2)
-    expected = [(c.max() - c.double().mean()) / c.double().mean() for c in model._counts["eval"]]
+    expected = [(c.max() - c.double().mean()) / c.double().mean() for c in [s.counts_E for s in model._stats["eval"]]]
     records = Records()
     hook.on_evaluate(EvaluationContext(step=1, tokens=36, recorder=records))
     assert float(records.values["eval/maxvio_global"]) == pytest.approx(float(torch.stack(expected).mean()))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from moe.config import ModelConfig
 from moe.model import MoEDecoder
-from moe.router import Router, count_tokens, gates_of, select_experts
+from moe.router import Router, count_tokens, gates_of, select_experts, within_capacity
+from trainer.errors import ConfigError
 
 
 def test_bias_changes_the_selection_but_not_the_gates() -> None:
@@ -97,7 +98,7 @@ def test_bf16_model_routes_in_float32() -> None:
     torch.nn.init.normal_(router.weight)
     router.bfloat16()
     x_ND = torch.randn(64, 32).bfloat16()
-    indices_NK, gates_NK = router(x_ND)
+    indices_NK, gates_NK, *_ = router(x_ND, torch.ones(64, dtype=torch.bool))
     exact_NE = (x_ND.float() @ router.weight.float().T).sigmoid()
     assert gates_NK.dtype == torch.float32
     assert torch.equal(indices_NK, exact_NE.topk(2).indices)
@@ -113,3 +114,96 @@ def test_bias_gets_no_gradient() -> None:
     model(tokens_BT, tokens_BT).sum().backward()
     assert all(layer.router.expert_bias_E.grad is None for layer in model.moe_layers())
     assert all(layer.router.weight.grad.abs().sum() > 0 for layer in model.moe_layers())
+
+
+def router_of(**changes: object) -> Router:
+    config = ModelConfig(
+        **({"hidden_size": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 8, "top_k": 2,
+            "expert_intermediate_size": 16} | changes)
+    )  # fmt: skip
+    assert not config.problems()
+    torch.manual_seed(0)
+    router = Router(config)
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+X_ND = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+EVERYONE = torch.ones(40, dtype=torch.bool)
+
+
+def test_sqrtsoftplus_scores() -> None:
+    routing = router_of(router_score="sqrtsoftplus")(X_ND, EVERYONE)
+    torch.testing.assert_close(routing.scores_NE.square(), torch.log1p(routing.logits_NE.exp()), rtol=1e-4, atol=1e-5)
+
+
+def test_uniform_routing_is_perfectly_balanced() -> None:
+    counts_E = router_of(uniform_routing=True)(X_ND, EVERYONE).stats.counts_E
+    assert counts_E.tolist() == [10] * 8
+
+
+def test_multiplicative_bias_scales_the_scores() -> None:
+    router = router_of()
+    router.prepare_balancing(multiplicative=True, collect_thresholds=False)
+    plain = router(X_ND, EVERYONE).indices_NK
+    assert torch.equal(plain, router_of()(X_ND, EVERYONE).indices_NK), "a factor of one changes nothing"
+    router.expert_bias_E[3] = 0.0
+    assert not (router(X_ND, EVERYONE).indices_NK == 3).any()
+
+
+def test_jitter_only_in_training_and_replayed_with_the_generator() -> None:
+    router = router_of(router_jitter=0.3)
+    state = torch.get_rng_state()
+    first = router(X_ND, EVERYONE).logits_NE
+    torch.set_rng_state(state)
+    assert torch.equal(router(X_ND, EVERYONE).logits_NE, first)
+    assert not torch.equal(router(X_ND, EVERYONE).logits_NE, first)
+    torch.testing.assert_close(router.eval()(X_ND, EVERYONE).logits_NE, X_ND @ router.weight.T)
+
+
+@pytest.mark.parametrize("by", ["score", "position"])
+def test_capacity_keeps_the_best_or_the_first(by: str) -> None:
+    indices_NK = torch.tensor([[0], [0], [0], [1], [0]])
+    gates_NK = torch.tensor([[0.1], [0.9], [0.5], [0.2], [0.7]])
+    kept = within_capacity(indices_NK, gates_NK, capacity=2, num_experts=2, by=by).flatten().tolist()  # type: ignore[arg-type]
+    assert kept == ([False, True, False, True, True] if by == "score" else [True, True, False, True, False])
+
+
+@given(seed=st.integers(0, 2**31), factor=st.floats(0.1, 3))
+def test_no_expert_exceeds_its_capacity_and_no_room_is_wasted(seed: int, factor: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gates_NK, indices_NK = (torch.rand(30, 6, generator=generator) * torch.arange(1, 7)).topk(2)
+    capacity = max(1, int(factor * 10))
+    for by in ("score", "position"):
+        kept = within_capacity(indices_NK, gates_NK, capacity=capacity, num_experts=6, by=by)  # type: ignore[arg-type]
+        before = torch.bincount(indices_NK.flatten(), minlength=6)
+        after = torch.bincount(indices_NK[kept], minlength=6)
+        assert torch.equal(after, before.clamp(max=capacity))
+
+
+def test_dropped_choices_are_counted_and_get_no_gate() -> None:
+    router = router_of(capacity_factor=0.5)
+    routing = router(X_ND, EVERYONE)
+    assert routing.stats.counts_E.sum() == 80, "loads are of what was chosen, dropped or not"
+    assert routing.stats.dropped == (routing.gates_NK == 0).sum() > 0
+    assert router_of()(X_ND, EVERYONE).stats.dropped == 0
+
+
+def test_threshold_histogram_counts_every_token_once_for_each_expert() -> None:
+    router = router_of()
+    router.prepare_balancing(multiplicative=False, collect_thresholds=True)
+    router.expert_bias_E.uniform_(-0.4, 0.4)
+    counted = EVERYONE.clone()
+    counted[:7] = False
+    stats = router(X_ND, counted).stats
+    assert stats.thresholds_EQ is not None
+    assert stats.thresholds_EQ.sum(1).tolist() == [33] * 8
+    assert router.eval()(X_ND, counted).stats.thresholds_EQ is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"router_score": "sqrtsoftplus"}, {"num_groups": 2, "top_groups": 1}, {"top_k": 8}]
+)
+def test_rules_that_need_thresholds_refuse_routers_that_have_none(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="quantile and bip"):
+        router_of(**changes).prepare_balancing(multiplicative=False, collect_thresholds=True)
