@@ -183,7 +183,7 @@ class MoEDecoder(nn.Module):
         `train` adds up forwards in training mode with gradients on, `eval` those in evaluation mode.
         """
         taken, self._stats[kind] = self._stats[kind], []
-        return taken or [_no_stats(layer) for layer in self.moe_layers()]
+        return taken or [_no_stats(layer, kind) for layer in self.moe_layers()]
 
     def take_counts(self, kind: CountKind) -> list[Tensor]:
         """The counts of `take_loads`, int64 [E] for each layer."""
@@ -244,7 +244,12 @@ def _add(a: RoutingStats, b: RoutingStats) -> RoutingStats:
     return RoutingStats(a.counts_E + b.counts_E, a.dropped + b.dropped, thresholds_EQ)
 
 
-def _no_stats(layer: MoELayer) -> RoutingStats:
+def _no_stats(layer: MoELayer, kind: CountKind) -> RoutingStats:
+    # The same tensors that a forward gives: a rank that saw no batch must add zeros to what the others sum.
     zeros_E = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.router.weight.device)
-    thresholds_EQ = zeros_E.new_zeros(layer.num_experts, THRESHOLD_BINS) if layer.router.collects_thresholds else None
+    thresholds_EQ = (
+        zeros_E.new_zeros(layer.num_experts, THRESHOLD_BINS)
+        if kind == "train" and layer.router.collects_thresholds
+        else None
+    )
     return RoutingStats(zeros_E, zeros_E.new_zeros(()), thresholds_EQ)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from moe.model import MoEDecoder
+from moe.rules import RULES, Loads, RuleOptions, apply_rule
 from trainer.data.corpus import TokenCorpus
 
 
@@ -19,8 +20,34 @@ def linupper_weights(losses: Tensor, temperature: float) -> Tensor:
     return torch.softmax(torch.clamp(h + 1, max=1) / temperature, dim=0)
 
 
+def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tensor:
+    """All auxiliary losses of the full batch, from the scores of each router: forward the model once more to see them."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    handles = [
+        layer.router.register_forward_hook(lambda _, __, r: seen.append((r.scores_NE, r.logits_NE, r.indices_NK)))
+        for layer in model.moe_layers()
+    ]
+    model(tokens)
+    model.take_loads("train")
+    for handle in handles:
+        handle.remove()
+    aux, total = config.model.aux_loss, torch.zeros(())
+    experts, top_k = config.model.num_experts, config.model.top_k
+    for scores, logits, indices in seen:
+        probabilities = scores / scores.sum(1, keepdim=True)
+        share = torch.bincount(indices.flatten(), minlength=experts) / indices.numel()
+        total = total + aux.global_batch * experts * (share * probabilities.mean(0)).sum()
+        total = total + aux.z * logits.logsumexp(1).square().mean()
+        by_sequence = zip(scores.chunk(len(tokens)), probabilities.chunk(len(tokens)), strict=True)
+        for own_scores, own_probabilities in by_sequence:
+            chosen = own_scores.topk(top_k).indices.flatten()
+            own_share = torch.bincount(chosen, minlength=experts) / chosen.numel()
+            total = total + aux.sequence * experts * (own_share * own_probabilities.mean(0)).sum() / len(tokens)
+    return total
+
+
 def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float], MoEDecoder]:
-    """Losses of every step and the trained model, for linupper weights and the sign rule."""
+    """Losses of every step and the trained model, for linupper weights and any balancing rule or auxiliary loss."""
     train = config.train
     torch.manual_seed(config.seed)
     model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
@@ -32,6 +59,11 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps,
     )
+    rule = RULES[config.hooks["expert_bias"]["rule"]]
+    states: list[dict[str, Tensor]] = []
+    for layer in model.moe_layers():
+        layer.router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+        states.append({name: torch.zeros(layer.num_experts) for name in rule.state})
     reweight = config.hooks["sample_reweight"]["temperature"]
     losses = []
     for step in range(train.steps):
@@ -51,11 +83,25 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         r = reweight["warmup_value"] if step < reweight["warmup_steps"] else reweight["value"]
         weights = linupper_weights(sample_losses.detach(), r)
         optimizer.zero_grad()
-        (weights * sample_losses).sum().backward()
+        loads = model.take_loads("train")
+        penalty = auxiliary_loss(config, model, batch.tokens_ST) if config.model.aux_loss.any else 0.0
+        ((weights * sample_losses).sum() + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        losses.append(float(sample_losses.mean()))
-        for layer, counts in zip(model.moe_layers(), model.take_counts("train"), strict=True):
-            error = counts.double().mean() - counts.double()
-            layer.router.expert_bias_E += config.hooks["expert_bias"]["rate"] * error.sign().float()
+        losses.append(sample_losses.mean().item())
+        for layer, stats, state in zip(model.moe_layers(), loads, states, strict=True):
+            router = layer.router
+            low, high = router.threshold_range()
+            share = router.top_k / router.num_experts
+            bias, new_state = apply_rule(
+                rule,
+                Loads(stats.counts_E, stats.thresholds_EQ, low, high, share),
+                router.expert_bias_E,
+                state,
+                n=step + 1,
+                rate=config.hooks["expert_bias"]["rate"],
+                options=RuleOptions(),
+            )
+            router.expert_bias_E.copy_(bias)
+            state.update(new_state)
     return losses, model
