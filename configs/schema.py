@@ -51,5 +51,14 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
         found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        shares = self.engine.expert_parallel_size
+        if shares > 1 and self.model.num_moe_layers > 0 and self.model.num_experts % shares:
+            found.append(
+                f"engine.expert_parallel_size: {shares} does not divide model.num_experts ({self.model.num_experts})"
+            )
+        if shares > 1 and world_size % shares:
+            found.append(f"engine.expert_parallel_size: {shares} does not divide the number of ranks ({world_size})")
+        if shares > 1 and self.model.num_moe_layers < 1:
+            found.append(f"engine.expert_parallel_size: {shares}, but the model has no experts; set it to 1")
         found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
         return found

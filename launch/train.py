@@ -44,6 +44,7 @@ _IDENTITY = (
     "train.sequence_length",
     "engine.zero_stage",
     "engine.precision",
+    "engine.expert_parallel_size",
 )
 _FREE = ("model.activation_recompute", "model.dropout")
 
@@ -71,7 +72,13 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     """Build every part of the run, restore its newest checkpoint if there is one, and train."""
     device = ranks.device()
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
+    shares = config.engine.expert_parallel_size
+    model = MoEDecoder(
+        config.model,
+        vocab_size=corpus.vocab_size,
+        expert_parallel_size=shares,
+        expert_parallel_rank=ranks.rank() % shares,
+    )
     engine = Engine(
         model,
         build_adamw(model, config.optimizer, device),

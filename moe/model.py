@@ -17,6 +17,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,10 +46,10 @@ class LayerReport(NamedTuple):
 class MoELayer(nn.Module):
     """Router, routed experts and shared experts in place of a feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, parallel_size: int) -> None:
         super().__init__()
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, parallel_size=parallel_size)
         self._aux = config.aux_loss
         shared = config.num_shared_experts * config.expert_intermediate_size
         self.shared = FeedForward(config.hidden_size, shared) if shared else None
@@ -93,12 +94,16 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, sparse: bool) -> None:
+    def __init__(self, config: ModelConfig, *, sparse: bool, parallel_size: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MoELayer(config) if sparse else FeedForward(config.hidden_size, config.dense_intermediate_size)
+        self.mlp = (
+            MoELayer(config, parallel_size=parallel_size)
+            if sparse
+            else FeedForward(config.hidden_size, config.dense_intermediate_size)
+        )
         self._dropout = config.dropout
 
     def forward(
@@ -117,21 +122,29 @@ class Block(nn.Module):
 
 
 class MoEDecoder(nn.Module):
-    """The language model. Initial weights are drawn from torch's global generator: seed it before."""
+    """The language model. Initial weights are drawn from torch's global generator: seed it before, alike on all ranks.
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
+    With `expert_parallel_size` P > 1 this rank builds share `expert_parallel_rank` of every layer's experts; before the
+    first forward it must be given its process group with `join_expert_group`. All initial weights are the same as with
+    P = 1.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, vocab_size: int, expert_parallel_size: int = 1, expert_parallel_rank: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, sparse=index >= config.num_dense_layers) for index in range(config.num_layers)
+            Block(config, sparse=index >= config.num_dense_layers, parallel_size=expert_parallel_size)
+            for index in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
-        self._initialize()
+        self._initialize(expert_parallel_size, expert_parallel_rank)
 
     penalty_name = "moe/aux_loss"
     """Metric under which the loop reports the auxiliary losses."""
@@ -176,6 +189,11 @@ class MoEDecoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         """The layers with routed experts, in the order the data meets them."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
+
+    def join_expert_group(self, group: dist.ProcessGroup) -> None:
+        """Give every layer the ranks that hold the other shares of its experts."""
+        for layer in self.moe_layers():
+            layer.experts.group = group
 
     def take_loads(self, kind: CountKind) -> list[RoutingStats]:
         """Loads of every MoE layer on this rank since the last call; then zero.
@@ -229,14 +247,19 @@ class MoEDecoder(nn.Module):
         )
 
     @torch.no_grad()
-    def _initialize(self) -> None:
+    def _initialize(self, parallel_size: int, parallel_rank: int) -> None:
         std, residual_std = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim > 1:
                 into_residual = name.endswith(("attention.output.weight", "down", "down.weight"))
-                parameter.normal_(std=residual_std if into_residual else std)
+                # A share of the experts is cut out of the whole draw, so that sharding changes no initial weight.
+                shards = 1 if getattr(parameter, "allreduce", True) else parallel_size
+                drawn = parameter if shards == 1 else parameter.new_empty(shards * len(parameter), *parameter.shape[1:])
+                drawn.normal_(std=residual_std if into_residual else std)
+                if shards > 1:
+                    parameter.copy_(drawn.chunk(shards)[parallel_rank])
 
 
 def _add(a: RoutingStats, b: RoutingStats) -> RoutingStats:

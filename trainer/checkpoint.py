@@ -30,6 +30,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -98,8 +99,9 @@ class CheckpointStore:
         try:
             engine.save(staging)
             safetensors.torch.save_file(_rng_state(), staging / f"rng-{ranks.rank():05d}.safetensors")
+            weights = whole_weights(engine.module)
             if ranks.is_main():
-                save_weights(engine.module, staging / WEIGHTS)
+                safetensors.torch.save_file(weights, staging / WEIGHTS)
                 _write_states(staging, hooks, state)
             ranks.barrier()
             own = _own_share(sorted(path for path in staging.rglob("*") if path.is_file()))
@@ -130,6 +132,9 @@ class CheckpointStore:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
         engine.load(folder)
+        if any(not getattr(parameter, "allreduce", True) for parameter in engine.module.parameters()):
+            # DeepSpeed gave every rank the experts of rank 0; the optimizer's own copies are right already.
+            load_weights(engine.module, folder / WEIGHTS)
         saved = json.loads((folder / "state.json").read_text())
         notes = hooks.load_state_dict(_read_hook_states(folder, saved["hooks"]))
         if ranks.is_main():
@@ -200,24 +205,37 @@ class CheckpointStore:
             ) from error
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write parameters and persistent buffers, tied ones once, as plain tensors."""
-    safetensors.torch.save_file(
-        {name: tensor.cpu().clone().contiguous() for name, tensor in _weights(model).items()}, path
-    )
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers on the host, tied ones once, sharded experts put together.
+
+    A collective of the expert groups: every rank calls it.
+    """
+    whole = {}
+    for name, tensor in _weights(model).items():
+        group = _expert_group(model, name)
+        if group is not None:
+            parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, tensor.contiguous(), group=group)
+            tensor = torch.cat(parts)
+        whole[name] = tensor.cpu().clone().contiguous()
+    return whole
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what `save_weights` wrote into a model of the same shape.
+    """Read `model.safetensors` into a model of the same shape; of sharded experts, this rank's share.
 
     Raises CheckpointError that names the first tensor that does not fit.
     """
     saved, own = safetensors.torch.load_file(path), _weights(model)
     for name in sorted(saved.keys() | own.keys()):
-        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+        tensor = saved.get(name)
+        group = None if name not in own else _expert_group(model, name)
+        if tensor is not None and group is not None:
+            tensor = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+        if tensor is None or name not in own or tensor.shape != own[name].shape:
             raise CheckpointError(f"{path}: {name} does not fit the model; it was saved by a model of another shape")
-        own[name].copy_(saved[name])
+        own[name].copy_(tensor)
 
 
 def newest_intact(root: Path) -> Path | None:
@@ -244,6 +262,14 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
+
+
+def _expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
+    """The ranks over which a parameter is sharded along its first dimension, or None: its module says so by `group`."""
+    module_name, _, parameter_name = name.rpartition(".")
+    owner = model.get_submodule(module_name)
+    parameter = owner._parameters.get(parameter_name)
+    return None if parameter is None or getattr(parameter, "allreduce", True) else getattr(owner, "group", None)
 
 
 def _agree_on_hook_state(hooks: HookList, step: int) -> None:

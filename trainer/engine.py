@@ -14,6 +14,8 @@ Decisions:
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +27,7 @@ from trainer import ranks
 from trainer.errors import CheckpointError
 
 _CHECKPOINT_TAG = "engine"
+_MARKER = "expert_groups"
 _OWNED_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "offload_param", "offload_optimizer"}
 
 
@@ -38,6 +41,8 @@ class EngineConfig:
     """Type of parameters and activations. bf16 keeps fp32 master weights in the optimizer."""
     grad_accumulation: Literal["auto", "fp32", "bf16"] = "auto"
     """Type gradients accumulate in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
+    expert_parallel_size: int = 1
+    """Ranks that share one copy of the experts; consecutive ranks form a group."""
     bucket_elements: int = 50_000_000
     """Gradient elements reduced, and parameter elements gathered, in one collective."""
     collective_timeout_s: float = 600.0
@@ -57,6 +62,13 @@ class EngineConfig:
         if self.precision == "bf16" and self.zero_stage == 0 and self.grad_accumulation == "fp32":
             found.append(
                 "grad_accumulation: DeepSpeed cannot accumulate in fp32 with bf16 at zero_stage 0; use stage 1"
+            )
+        if self.expert_parallel_size < 1:
+            found.append(f"expert_parallel_size: {self.expert_parallel_size} must be at least 1")
+        if self.expert_parallel_size > 1 and self.zero_stage not in (1, 2):
+            found.append(
+                f"expert_parallel_size: {self.expert_parallel_size} needs zero_stage 1 or 2; at 0 DeepSpeed clips "
+                "by a norm that differs between ranks"
             )
         if self.bucket_elements < 1:
             found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
@@ -135,12 +147,20 @@ class Engine:
         self.config = config
         self._clip_norm = clip_norm
         self._optimizer = optimizer
+        sharded = config.expert_parallel_size > 1
+        if sharded:
+            model.add_module(_MARKER, _expert_group_marker(config.expert_parallel_size))
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=config.deepspeed_dict(micro_batch_size=micro_batch_size, clip_norm=clip_norm),
             dist_init_required=False,
         )
+        if sharded:
+            from deepspeed.utils import groups
+
+            del model._modules[_MARKER]  # its work is done, and its name must not get into checkpoints
+            self.module.join_expert_group(groups._get_expert_parallel_group(f"ep_size_{config.expert_parallel_size}"))  # type: ignore[operator]
 
     @property
     def module(self) -> nn.Module:
@@ -189,14 +209,48 @@ class Engine:
         assert not applied
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer under `folder`; every rank calls it. Atomicity is the caller's business."""
-        self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
+        """Write model and optimizer under `folder`; every rank calls it. Atomicity is the caller's business.
+
+        Sharded experts are whole in the optimizer's shards only: the caller saves their weights.
+        """
+        with self._as_dense():
+            self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. DeepSpeed unpickles: verify the files' hashes before calling this."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        with self._as_dense():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
         if loaded is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; remove it to use an older checkpoint")
+
+    @contextmanager
+    def _as_dense(self) -> Iterator[None]:
+        """Let DeepSpeed save and load as if no expert were sharded: its own way wants one module for each expert."""
+        had_moe_layers = self._engine.has_moe_layers
+        self._engine.has_moe_layers = False
+        try:
+            yield
+        finally:
+            self._engine.has_moe_layers = had_moe_layers
+
+
+def _expert_group_marker(size: int) -> nn.Module:
+    """An empty module by which DeepSpeed learns that there are expert groups: it looks for subclasses of its MoE."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class ExpertGroups(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.expert_group_name = f"ep_size_{size}"
+            self.num_experts = self.ep_size = size
+            self.num_local_experts = 1
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+                groups._create_expert_and_data_parallel(size, use_data_before_expert_parallel_=False)
+
+    return ExpertGroups()
 
 
 def adopt_process_group() -> None:

@@ -69,9 +69,11 @@ def evaluate(
             for domain in range(len(corpus.domain_names)):
                 num_rows = corpus.heldout_rows(domain)
                 num_rows = min(num_rows, config.max_rows) if config.max_rows else num_rows
-                starts = range(0, num_rows, batch_size)
-                for start in starts[ranks.rank() :: ranks.world_size()]:
-                    rows = corpus.heldout_batch(domain, start, min(start + batch_size, num_rows))
+                stride = batch_size * ranks.world_size()
+                # Every rank forwards equally often, with padding where rows run out: a model may communicate.
+                for first in range(0, num_rows, stride):
+                    start = min(first + ranks.rank() * batch_size, num_rows)
+                    rows = corpus.heldout_batch(domain, start, min(start + batch_size, num_rows), at_least=1)
                     labels_BT = rows.labels_ST.to(device)
                     losses_BT = model(rows.tokens_ST.to(device), labels_BT)
                     sums_2D[0, domain] += losses_BT.double().sum()

@@ -43,15 +43,24 @@ class OptimizerConfig:
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter of `model`: one group with weight decay, one without."""
+    """Fused AdamW over every parameter of `model`: one group with weight decay, one without, and
+    the same for each expert group."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {(True, ""): [], (False, ""): []}
     for parameter in model.parameters():
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        (decayed if is_matrix else plain).append(parameter)
+        # DeepSpeed's convention for parameters whose gradients are not reduced over all ranks.
+        expert_group = "" if getattr(parameter, "allreduce", True) else str(parameter.group_name)  # type: ignore[attr-defined]
+        groups.setdefault((is_matrix, expert_group), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                **({"moe": True, "name": expert_group} if expert_group else {}),
+            }
+            for (decays, expert_group), parameters in groups.items()
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -49,7 +49,7 @@ def layer_ratios(name: str) -> dict[str, float]:
     config = ModelConfig(
         hidden_size=HIDDEN, num_experts=experts, top_k=top_k, expert_intermediate_size=width, num_heads=8
     )
-    layer, dense = MoELayer(_without_shared(config)), FeedForward(HIDDEN, top_k * width)
+    layer, dense = MoELayer(_without_shared(config), parallel_size=1), FeedForward(HIDDEN, top_k * width)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     x_BTD = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)

@@ -32,6 +32,29 @@ CUTS: dict[str, tuple[int, list[str]]] = {
         2,
         ["train.micro_batch_size=1", "engine.zero_stage=2", "train.accumulation=two_pass"],
     ),
+    "2 ranks x 2, experts over 2, ZeRO 1": (
+        2,
+        ["train.micro_batch_size=2", "engine.zero_stage=1", "engine.expert_parallel_size=2"],
+    ),
+    "2 ranks x 4, experts over 2, ZeRO 2, two passes, recomputed": (
+        2,
+        [
+            "train.micro_batch_size=1", "engine.zero_stage=2", "engine.expert_parallel_size=2",
+            "train.accumulation=two_pass", "model.activation_recompute=block",
+        ],
+    ),
+    "4 ranks x 1, experts over 2, ZeRO 1": (
+        4,
+        ["train.micro_batch_size=2", "engine.zero_stage=1", "engine.expert_parallel_size=2"],
+    ),
+    "4 ranks x 2, experts over 2, ZeRO 2": (
+        4,
+        ["train.micro_batch_size=1", "engine.zero_stage=2", "engine.expert_parallel_size=2"],
+    ),
+    "4 ranks x 2, experts over 4, ZeRO 2": (
+        4,
+        ["train.micro_batch_size=1", "engine.zero_stage=2", "engine.expert_parallel_size=4"],
+    ),
     "4 ranks x 1": (4, ["train.micro_batch_size=2"]),
     "4 ranks x 2, ZeRO 1": (4, ["train.micro_batch_size=1", "engine.zero_stage=1"]),
 }

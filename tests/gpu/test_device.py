@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.experts import experts_forward
+from moe.grouped import experts_forward
 from tests.moe.test_model import small_model, tokens_and_labels
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe.arithmetic import count_parameters, flops_per_token
 from moe.config import ModelConfig
-from moe.experts import experts_forward
+from moe.grouped import experts_forward
 from moe.model import LOSS_CHUNK, MoEDecoder
 
 SMALL = ModelConfig(

@@ -89,17 +89,18 @@ class TokenCorpus:
         """Rows of a domain's held-out text, the padded last one included."""
         return -(-max(0, len(self._heldout[domain]) - 1) // self._length)
 
-    def heldout_batch(self, domain: int, start: int, stop: int) -> Rows:
-        """Held-out rows [start, stop) of a domain."""
+    def heldout_batch(self, domain: int, start: int, stop: int, *, at_least: int = 0) -> Rows:
+        """Held-out rows [start, stop) of a domain, filled up to `at_least` rows with padding."""
         length, stream = self._length, self._heldout[domain]
-        tokens_ST = torch.zeros(stop - start, length, dtype=torch.int64)
-        labels_ST = torch.full((stop - start, length), IGNORED_LABEL, dtype=torch.int64)
+        num_rows = max(stop - start, at_least)
+        tokens_ST = torch.zeros(num_rows, length, dtype=torch.int64)
+        labels_ST = torch.full((num_rows, length), IGNORED_LABEL, dtype=torch.int64)
         for index, row in enumerate(range(start, stop)):
             window = torch.from_numpy(stream[row * length : (row + 1) * length + 1].astype(np.int64))
             num_targets = len(window) - 1
             tokens_ST[index, :num_targets] = window[:-1]
             labels_ST[index, :num_targets] = window[1:]
-        return Rows(tokens_ST, labels_ST, torch.full((stop - start,), domain, dtype=torch.int64))
+        return Rows(tokens_ST, labels_ST, torch.full((num_rows,), domain, dtype=torch.int64))
 
     def _blend(self, weights: Mapping[str, float]) -> list[float]:
         unknown = sorted(weights.keys() - set(self.domain_names))

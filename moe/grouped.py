@@ -1,0 +1,47 @@
+"""The arithmetic of the routed experts: many small feed-forwards as a few grouped products.
+
+Tokens are sorted by expert, so that each expert's rows lie together, and `grouped_mm` runs all experts in one call
+with offsets that never leave the device. The same code runs on CPU and CUDA.
+
+Shape letters: N tokens, R rows (a token's copies for its experts), D model width, F expert width, E experts, K experts
+a token uses.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts_forward(
+    x_ND: Tensor, indices_NK: Tensor, gates_NK: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor
+) -> Tensor:
+    """Sum over each token's K experts of gate * SwiGLU(x), [N, D]. Experts without tokens are allowed, as is N = 0."""
+    order, counts_E = sorted_rows(indices_NK, gate_up_EDF2.shape[0])
+    outputs = grouped_swiglu(x_ND[order // indices_NK.shape[1]], counts_E, gate_up_EDF2, down_EFD)
+    # Back to token order by a permutation rather than an atomic add: the sum over K has a fixed order.
+    by_token_NKD = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices_NK.shape)
+    return (by_token_NKD * gates_NK.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
+
+
+def sorted_rows(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order that sorts all choices by expert, int64 [N*K], and how many each expert has, int64 [E]."""
+    chosen = indices_NK.flatten()
+    return chosen.argsort(stable=True), torch.bincount(chosen, minlength=num_experts)
+
+
+def grouped_swiglu(rows_RD: Tensor, counts_E: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:
+    """SwiGLU of rows that lie together by expert, `counts_E` of them for each, [R, D]."""
+    if rows_RD.shape[0] == 0:
+        # Still a function of every parameter: a rank without tokens must take part in the gradient reduction.
+        return rows_RD + 0.0 * (gate_up_EDF2.sum() + down_EFD.sum())
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    gate, up = _grouped_product(rows_RD, gate_up_EDF2, offsets_E).chunk(2, dim=-1)
+    return _grouped_product(F.silu(gate) * up, down_EFD, offsets_E)
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:
+    if rows.is_cuda and rows.dtype == torch.float32:
+        # CUDA's grouped product knows bf16 only. fp32 on a GPU is for checking, so a loop (and its sync) will do.
+        parts = rows.tensor_split(offsets_E[:-1].long().cpu())
+        return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+    return F.grouped_mm(rows, weights, offs=offsets_E)
