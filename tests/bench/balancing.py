@@ -19,7 +19,6 @@ METHODS = {
     "sign": ["hooks.expert_bias.rule=sign", "hooks.expert_bias.rate=0.01"],
     "proportional": ["hooks.expert_bias.rule=proportional", "hooks.expert_bias.rate=0.01"],
     "quantile": ["hooks.expert_bias.rule=quantile"],
-    "sign + sequence loss (1e-4)": ["hooks.expert_bias.rate=0.01", "model.aux_loss.sequence=1.0e-4"],
 }
 
 

@@ -33,6 +33,8 @@ CUTS: dict[str, tuple[int, list[str]]] = {
     "1x4 recomputed": (1, ["train.micro_batch_size=2", "model.activation_recompute=block"]),
     "2x2 two passes": (2, ["train.micro_batch_size=2", "train.accumulation=two_pass", "engine.zero_stage=1"]),
     "2x4 recomputed": (2, ["train.micro_batch_size=1", "model.activation_recompute=block", "engine.zero_stage=2"]),
+    "2x4 EP 2": (2, ["train.micro_batch_size=1", "engine.expert_parallel_size=2", "engine.zero_stage=1"]),
+    "4x1 EP 2": (4, ["train.micro_batch_size=2", "engine.expert_parallel_size=2", "engine.zero_stage=2"]),
     "4x1": (4, ["train.micro_batch_size=2"]),
     "4x2 recomputed two passes": (
         4, ["train.micro_batch_size=1", "train.accumulation=two_pass", "model.activation_recompute=block"],
@@ -40,6 +42,7 @@ CUTS: dict[str, tuple[int, list[str]]] = {
 }  # fmt: skip
 
 FAST = [(m, "2x2 two passes") for m in METHODS] + [(m, "2x4 recomputed") for m in ("all losses and a rule", "quantile")]
+FAST += [(m, "4x1 EP 2") for m in ("all losses and a rule", "proportional")]
 SLOW = [(m, c) for m in METHODS for c in CUTS if (m, c) not in FAST]
 
 

@@ -20,7 +20,13 @@ LAYOUTS = {
     f"{precision} ZeRO {stage}": [f"engine.precision={precision}", f"engine.zero_stage={stage}", "model.dropout=0.1"]
     for precision in ("fp32", "bf16")
     for stage in (0, 1, 2)
-}
+} | {
+    f"{precision} ZeRO {stage} EP 2": [
+        f"engine.precision={precision}", f"engine.zero_stage={stage}", "model.dropout=0.1", "engine.expert_parallel_size=2",
+    ]
+    for precision in ("fp32", "bf16")
+    for stage in (1, 2)
+}  # fmt: skip
 
 
 def newest_weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,12 @@ CASES = {
     "loss, fp32 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", NO_REWEIGHT]),
     "loss, bf16 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", "engine.precision=bf16", NO_REWEIGHT]),
     "loss, bf16 ZeRO 2, streaming": ("loss", ["engine.zero_stage=2", "engine.precision=bf16", NO_REWEIGHT]),
+    "loss, fp32 ZeRO 2 EP 2": ("loss", ["engine.zero_stage=2", "engine.expert_parallel_size=2"]),
+    "gradient, fp32 ZeRO 1 EP 2": ("gradient", ["engine.zero_stage=1", "engine.expert_parallel_size=2"]),
+    "gradient, bf16 ZeRO 2 EP 2": (
+        "gradient",
+        ["engine.zero_stage=2", "engine.precision=bf16", "engine.expert_parallel_size=2"],
+    ),
     "gradient, fp32 ZeRO 0": ("gradient", ["engine.zero_stage=0"]),
     "gradient, fp32 ZeRO 1": ("gradient", ["engine.zero_stage=1"]),
     "gradient, fp32 ZeRO 2": ("gradient", ["engine.zero_stage=2"]),
