@@ -11,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.cpu_experts import cpu_experts_forward
+
 
 def experts_forward(
     x_ND: Tensor, indices_NK: Tensor, gates_NK: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor
 ) -> Tensor:
     """Sum over each token's K experts of gate * SwiGLU(x), [N, D]. Experts without tokens are allowed, as is N = 0."""
     order, counts_E = sorted_rows(indices_NK, gate_up_EDF2.shape[0])
+    if x_ND.device.type == "cpu" and x_ND.dtype in (torch.float32, torch.float64):
+        return cpu_experts_forward(x_ND, order, counts_E, gates_NK, gate_up_EDF2, down_EFD)
     outputs = grouped_swiglu(x_ND[order // indices_NK.shape[1]], counts_E, gate_up_EDF2, down_EFD)
     # Back to token order by a permutation rather than an atomic add: the sum over K has a fixed order.
     by_token_NKD = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices_NK.shape)

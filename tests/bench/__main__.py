@@ -57,7 +57,7 @@ def layer_ratios(name: str) -> dict[str, float]:
     cotangent = torch.randn(1, TOKENS, HIDDEN)
 
     few = x_BTD[:, :64].detach()
-    indices_NK, gates_NK = layer.router(few[0])
+    indices_NK, gates_NK, *_ = layer.router(few[0], counted_BT[0, :64])
     expected = naive_experts(few[0], indices_NK, gates_NK, layer.experts.gate_up, layer.experts.down)
     torch.testing.assert_close(layer(few, counted_BT[:, :64])[0][0], expected, rtol=1e-3, atol=1e-3)
 
