@@ -51,7 +51,7 @@ class CpuExperts(torch.autograd.Function):
         x_ND, gates_R, gate_up, down, token_of_row_R, kept = ctx.saved_tensors
         width, intermediate, largest = x_ND.shape[1], down.shape[1], max(ctx.counts, default=0)
         gathered, moved = x_ND.new_empty(largest, width), x_ND.new_empty(largest, width)
-        active, d_active = x_ND.new_empty(largest, intermediate), x_ND.new_empty(largest, intermediate)
+        silu, active, d_active = (x_ND.new_empty(largest, intermediate) for _ in range(3))
         d_inner = x_ND.new_empty(largest, 2 * intermediate)
         dx_ND, dgates_R = torch.zeros_like(x_ND), torch.empty_like(gates_R)
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
@@ -59,14 +59,14 @@ class CpuExperts(torch.autograd.Function):
             tokens_r, n = token_of_row_R[rows], rows.stop - rows.start
             gates_r1, gate_r, up_r = gates_R[rows].unsqueeze(1), *kept[rows].chunk(2, dim=1)
             dy_r = torch.index_select(dy_ND, 0, tokens_r, out=gathered[:n])
-            a_r = _activate(kept[rows], active[:n])
+            silu_r = torch.ops.aten.silu.out(gate_r, out=silu[:n])
+            a_r = torch.mul(silu_r, up_r, out=active[:n])
             da_r = torch.mm(dy_r, down[expert].T, out=d_active[:n])
             torch.linalg.vecdot(da_r, a_r, out=dgates_R[rows])
             torch.mm(a_r.mul_(gates_r1).T, dy_r, out=d_down[expert])
 
             da_r.mul_(gates_r1)
             d_gate_r, d_up_r = d_inner[:n].chunk(2, dim=1)
-            silu_r = torch.ops.aten.silu.out(gate_r, out=active[:n])
             torch.mul(da_r, silu_r, out=d_up_r)
             torch.ops.aten.silu_backward.grad_input(da_r.mul_(up_r), gate_r, grad_input=d_gate_r)
             x_r = torch.index_select(x_ND, 0, tokens_r, out=gathered[:n])
