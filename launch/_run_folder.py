@@ -153,4 +153,5 @@ def print_summary(run_dir: Path, domain_names: Sequence[str], reason: StopReason
 
 def _maxvio(row: Mapping[str, Any]) -> str:
     value = row.get("eval/maxvio_global")
-    return "" if value is None else f" maxvio {value:.3f}"
+    certified = " (balance certified)" if row.get("moe/certificate") else ""
+    return "" if value is None else f" maxvio {value:.3f}{certified}"

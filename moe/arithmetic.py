@@ -32,6 +32,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
     attention += head * (heads + 2 * kv_heads) if config.attention_bias else 0
     norms = 2 * width + (2 * head if config.qk_norm else 0)
     expert = 3 * width * config.expert_intermediate_size
+    layers += config.has_mtp  # its block is one more, with a projection and three norms of its own
     total = {
         "embedding": vocab_size * width,
         "attention": layers * attention,
@@ -39,7 +40,8 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
         "routed experts": sparse * config.num_experts * expert,
         "shared experts": sparse * config.num_shared_experts * expert,
         "router": sparse * config.num_experts * width,
-        "norms": layers * norms + width,
+        "norms": layers * norms + width + (3 * width if config.has_mtp else 0),
+        "next token": 2 * width * width if config.has_mtp else 0,
         "head": 0 if config.tie_embeddings else vocab_size * width,
     }
     return ParameterCount(total, total | {"routed experts": sparse * config.top_k * expert})
@@ -56,7 +58,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) 
     matrices = (
         sum(active.values()) - active["embedding"] - active["norms"] - active["head"] + vocab_size * config.hidden_size
     )
-    attention = config.num_layers * sequence_length * config.num_heads * config.head_size
+    attention = (config.num_layers + config.has_mtp) * sequence_length * config.num_heads * config.head_size
     return 6.0 * matrices + 6.0 * attention
 
 

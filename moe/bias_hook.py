@@ -4,6 +4,7 @@ Decisions:
 - Loads are of the whole optimizer step: all micro-batches, all ranks, one all-reduce for all layers.
 - A skipped step moves nothing and its loads are thrown away.
 - The bias is float32, lives in the routers, and is saved by this hook too: engines cast or drop buffers.
+- Every evaluation ends with a certificate that all this is so (moe/certificate.py).
 - A model without MoE layers is an error: balancing that silently does nothing is the mistake to avoid.
 
 Shape letters: E experts, Q threshold bins, L MoE layers.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe.balance_metrics import dead_experts, load_entropy, max_violation
+from moe.certificate import BalanceCertificate
 from moe.router import RoutingStats
 from moe.rules import RULES, Loads, RuleOptions, apply_rule
 from trainer import ranks
@@ -134,6 +136,7 @@ class ExpertBiasHook(Hook):
         self._updates = 0
         self._states: list[dict[str, Tensor]] = []
         self._total_steps = 0
+        self._certificate: BalanceCertificate | None = None
         self._model: _BalancedModel
         self._routers: list[BalancedRouter] = []
 
@@ -154,18 +157,30 @@ class ExpertBiasHook(Hook):
                 multiplicative=self._rule.multiplicative, collect_thresholds=self._rule.needs_thresholds
             )
             self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in self._rule.state})
+        self._certificate = BalanceCertificate(run.model, [router.expert_bias_E for router in self._routers])
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """Take the loads of the step, and move the biases if the optimizer moved."""
         loads = _sum_over_ranks(self._model.take_loads("train"))
+        if self._certificate is not None:
+            self._certificate.before_move()
         if result.applied:
             self._move(loads, rate_factor(self._config.schedule, step.applied_steps, self._total_steps))
+        if self._certificate is not None:
+            self._certificate.after_move()
+            if result.applied:  # a skipped step may not have forwarded with gradients at all
+                counts = [layer.counts_E for layer in loads]
+                self._certificate.observe_loads(counts, step.tokens_B.sum(), [r.top_k for r in self._routers])
         self._record(step, loads)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         """Record MaxVio_global: loads over the whole held-out split, averaged over layers."""
         loads = _sum_over_ranks(self._model.take_loads("eval"))
-        evaluation.record("eval/maxvio_global", _mean([max_violation(layer.counts_E) for layer in loads]))
+        violations = torch.stack([max_violation(layer.counts_E) for layer in loads])
+        evaluation.record("eval/maxvio_global", violations.nanmean())  # layers that only train have no loads here
+        if self._certificate is not None:
+            self._certificate.verify(evaluation.step)
+            evaluation.record("moe/certificate", 1)
 
     def state_dict(self) -> State:
         """Each layer's bias and the rule's own tensors, the number of updates, and the rule they belong to."""
@@ -185,6 +200,8 @@ class ExpertBiasHook(Hook):
         for i, router in enumerate(self._routers):
             router.expert_bias_E.copy_(cast(Tensor, state[f"bias.{i}"]))
         self._updates = int(cast(int, state["updates"]))
+        if self._certificate is not None:
+            self._certificate.after_move()
         if state["rule"] == self._config.rule:
             for i, own in enumerate(self._states):
                 for name, tensor in own.items():

@@ -96,6 +96,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
+    mtp_weight: float = 0.0
+    """Weight of a multi-token-prediction block that predicts the token after the next (DeepSeek-V3); 0 has none."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 layers)."""
     dropout: float = 0.0
@@ -115,8 +117,13 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """Blocks with routed experts (L)."""
-        return self.num_layers - self.num_dense_layers
+        """Blocks with routed experts (L), that of multi-token prediction included."""
+        return self.num_layers - self.num_dense_layers + self.has_mtp
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether there is a multi-token-prediction block."""
+        return self.mtp_weight > 0
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -147,6 +154,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 found.append(f"{name}: {value} must be finite and positive")
+        if not (math.isfinite(self.mtp_weight) and self.mtp_weight >= 0):
+            found.append(f"mtp_weight: {self.mtp_weight} must be finite and not negative; 0 has no such block")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout: {self.dropout} must be in [0, 1)")
         return found + (self._expert_problems() if self.num_moe_layers > 0 else [])

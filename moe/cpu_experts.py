@@ -1,9 +1,9 @@
 """The routed experts on a CPU, without ever holding a copy of every token for every expert.
 
 Grouped products want all N*K rows gathered; on a CPU moving those rows costs more than what sorting saves. Here each
-expert in turn gathers its rows into a buffer that all experts share, runs its two products, and adds the weighted result
-to its tokens. Only the input of the activation is kept for the backward; everything else is gathered or computed again.
-Six matrix products an expert, forward and backward, all of them plain.
+expert in turn gathers its rows into a buffer that all experts share, runs its two products, and adds the weighted
+result to its tokens. Only the input of the activation is kept for the backward; everything else is gathered or computed
+again. Six matrix products an expert, forward and backward, all of them plain.
 
 The gradient of a gate is <d(gate * a), a> with a the activation: it needs no product of its own, and no expert output.
 
@@ -24,7 +24,13 @@ class CpuExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, gates_R: Tensor, gate_up: Tensor, down: Tensor, token_of_row_R: Tensor, counts: list[int]
+        ctx: Any,
+        x_ND: Tensor,
+        gates_R: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        token_of_row_R: Tensor,
+        counts: list[int],
     ) -> Tensor:
         width, intermediate = x_ND.shape[1], down.shape[1]
         needs_backward = any(ctx.needs_input_grad)
@@ -57,7 +63,8 @@ class CpuExperts(torch.autograd.Function):
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
         for expert, rows in _spans(ctx.counts, d_gate_up, d_down):
             tokens_r, n = token_of_row_R[rows], rows.stop - rows.start
-            gates_r1, gate_r, up_r = gates_R[rows].unsqueeze(1), *kept[rows].chunk(2, dim=1)
+            gates_r1 = gates_R[rows].unsqueeze(1)
+            gate_r, up_r = kept[rows].chunk(2, dim=1)
             dy_r = torch.index_select(dy_ND, 0, tokens_r, out=gathered[:n])
             silu_r = torch.ops.aten.silu.out(gate_r, out=silu[:n])
             a_r = torch.mul(silu_r, up_r, out=active[:n])

@@ -121,6 +121,31 @@ class Block(nn.Module):
         return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report
 
 
+class NextTokenBlock(nn.Module):
+    """Predicts the token after the next: one more block on the hidden state and the embedding of the next token.
+
+    h'_t = block(M [norm(h_t); norm(Emb(token_{t+1}))]), with the model's own embedding and head
+    (DeepSeek-V3, arXiv 2412.19437, section 2.2, with depth 1).
+    """
+
+    def __init__(self, config: ModelConfig, *, parallel_size: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.hidden_norm = RMSNorm(width, config.norm_eps)
+        self.embedding_norm = RMSNorm(width, config.norm_eps)
+        self.merge = nn.Linear(2 * width, width, bias=False)
+        self.block = Block(config, sparse=True, parallel_size=parallel_size)
+        self.final_norm = RMSNorm(width, config.norm_eps)
+
+    def forward(
+        self, hidden_BTD: Tensor, next_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor
+    ) -> tuple[Tensor, LayerReport]:
+        """Hidden states to predict token t+2 from, [B, T, D], and the MoE layer's report."""
+        merged_BTD = self.merge(torch.cat([self.hidden_norm(hidden_BTD), self.embedding_norm(next_BTD)], dim=-1))
+        out_BTD, report = self.block(merged_BTD, cos_Th, sin_Th, counted_BT)
+        return self.final_norm(out_BTD), report
+
+
 class MoEDecoder(nn.Module):
     """The language model. Initial weights are drawn from torch's global generator: seed it before, alike on all ranks.
 
@@ -139,6 +164,7 @@ class MoEDecoder(nn.Module):
             Block(config, sparse=index >= config.num_dense_layers, parallel_size=expert_parallel_size)
             for index in range(config.num_layers)
         )
+        self.next_token = NextTokenBlock(config, parallel_size=expert_parallel_size) if config.has_mtp else None
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -160,12 +186,20 @@ class MoEDecoder(nn.Module):
         In training with auxiliary losses: also their features [B, X] and statistics [Y]. The term to add to the loss is
         the mean over the global batch of features @ penalty_coefficients(statistics summed over the step).
         """
-        hidden_BTD, reports = self._hidden(tokens_BT, labels_BT)
+        x_BTD, reports = self._hidden(tokens_BT, labels_BT)
+        hidden_BTD = self.final_norm(x_BTD)
         if labels_BT is None:
+            self._add_stats([report.stats for report in reports])
             logits_BTV: Tensor = self.head(hidden_BTD)
             return logits_BTV
-        losses_BT = self._token_losses(hidden_BTD.flatten(0, 1), labels_BT.flatten()).view_as(labels_BT)
-        penalties = [report.penalty_B for report in reports if report.penalty_B is not None]
+        losses_BT = self._token_losses(hidden_BTD, labels_BT)
+        penalties = []
+        if self.next_token is not None and self.training:
+            next_losses_B, report = self._next_token_losses(x_BTD, labels_BT)
+            penalties.append(self.config.mtp_weight * next_losses_B)
+            reports.append(report)
+        self._add_stats([report.stats for report in reports])
+        penalties += [report.penalty_B for report in reports if report.penalty_B is not None]
         if not penalties:
             return losses_BT
         features = [torch.stack(penalties).sum(0).unsqueeze(1)]
@@ -187,8 +221,9 @@ class MoEDecoder(nn.Module):
         return torch.cat(parts)
 
     def moe_layers(self) -> list[MoELayer]:
-        """The layers with routed experts, in the order the data meets them."""
-        return [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
+        """The layers with routed experts, in the order the data meets them; that of multi-token prediction last."""
+        blocks = [*self.blocks, *([self.next_token.block] if self.next_token is not None else [])]
+        return [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
 
     def join_expert_group(self, group: dist.ProcessGroup) -> None:
         """Give every layer the ranks that hold the other shares of its experts."""
@@ -221,30 +256,47 @@ class MoEDecoder(nn.Module):
                 x_BTD, report = block(x_BTD, cos_Th, sin_Th, counted_BT)
             if report is not None:
                 reports.append(report)
-        self._add_stats([report.stats for report in reports])
-        normed_BTD: Tensor = self.final_norm(x_BTD)
-        return normed_BTD, reports
+        return x_BTD, reports
+
+    def _next_token_losses(self, x_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, LayerReport]:
+        """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report."""
+        assert self.next_token is not None
+        config = self.config
+        targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+        counted_BT = labels_BT != IGNORED_LABEL  # the same tokens as in every other layer
+        cos_Th, sin_Th = rotary_table(labels_BT.shape[1], config.rotary_size, config.rope_theta, labels_BT.device)
+        next_BTD = self.embedding(labels_BT.clamp(min=0))
+        if config.activation_recompute == "block" and torch.is_grad_enabled():
+            hidden_BTD, report = checkpoint(
+                self.next_token, x_BTD, next_BTD, cos_Th, sin_Th, counted_BT, use_reentrant=False
+            )
+        else:
+            hidden_BTD, report = self.next_token(x_BTD, next_BTD, cos_Th, sin_Th, counted_BT)
+        num_targets_B = (targets_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+        return self._token_losses(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
 
     def _add_stats(self, new: list[RoutingStats]) -> None:
         if self.training and not torch.is_grad_enabled():
             return
         kind: CountKind = "train" if self.training else "eval"
+        # Multi-token prediction is trained only: to an evaluation its layer adds nothing.
+        new = new + [_no_stats(layer, kind) for layer in self.moe_layers()[len(new) :]]
         old = self._stats[kind]
         self._stats[kind] = [_add(a, b) for a, b in zip(old, new, strict=True)] if old else new
 
-    def _token_losses(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
-        def chunk_losses(hidden: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(hidden).float(), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    def _token_losses(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        def chunk_losses(hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(hidden_ND).float(), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
 
+        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
         if hidden_ND.shape[0] <= LOSS_CHUNK:
-            return chunk_losses(hidden_ND, labels_N)
+            return chunk_losses(hidden_ND, labels_N).view_as(labels_BT)
         # Float32 logits of all tokens would be the largest tensor of the step: keep none, recompute each chunk.
-        return torch.cat(
-            [
-                checkpoint(chunk_losses, hidden, labels, use_reentrant=False)
-                for hidden, labels in zip(hidden_ND.split(LOSS_CHUNK), labels_N.split(LOSS_CHUNK), strict=True)
-            ]
-        )
+        losses = [
+            checkpoint(chunk_losses, hidden, labels, use_reentrant=False)
+            for hidden, labels in zip(hidden_ND.split(LOSS_CHUNK), labels_N.split(LOSS_CHUNK), strict=True)
+        ]
+        return torch.cat(losses).view_as(labels_BT)
 
     @torch.no_grad()
     def _initialize(self, parallel_size: int, parallel_rank: int) -> None:

@@ -77,14 +77,20 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
             group["lr"] = config.optimizer.learning_rate * rate
         ids = torch.arange(step * train.global_batch_size, (step + 1) * train.global_batch_size)
         batch = corpus.train_batch(ids.numpy())
-        logits = model(batch.tokens_ST)
-        token_losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_ST, reduction="none")
+        penalty = torch.zeros(())
+        if config.model.has_mtp:  # the block itself is compared with its definition in tests/moe
+            token_losses, features, _ = model(batch.tokens_ST, batch.labels_ST)
+            penalty = features.mean()
+        else:
+            logits = model(batch.tokens_ST)
+            token_losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_ST, reduction="none")
         sample_losses = token_losses.mean(dim=1)
         r = reweight["warmup_value"] if step < reweight["warmup_steps"] else reweight["value"]
         weights = linupper_weights(sample_losses.detach(), r)
         optimizer.zero_grad()
         loads = model.take_loads("train")
-        penalty = auxiliary_loss(config, model, batch.tokens_ST) if config.model.aux_loss.any else 0.0
+        if config.model.aux_loss.any:
+            penalty = penalty + auxiliary_loss(config, model, batch.tokens_ST)
         ((weights * sample_losses).sum() + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()

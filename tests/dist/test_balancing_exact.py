@@ -24,6 +24,7 @@ METHODS: dict[str, list[str]] = {
     "all losses and a rule": [
         "model.aux_loss={sequence: 0.05, global_batch: 0.05, z: 0.01}", "hooks.expert_bias.rule=centered_sign",
     ],
+    "multi-token prediction": ["model.mtp_weight=0.3", "hooks.expert_bias.rule=rms"],
     "softmax router with groups": ["model={router_score: softmax, num_groups: 4, top_groups: 2}"],
 }  # fmt: skip
 

@@ -156,6 +156,7 @@ def test_loads_are_of_training_forwards_with_gradients_only() -> None:
         {"tie_embeddings": True},
         {"qk_norm": True, "attention_bias": True, "num_shared_experts": 0, "num_dense_layers": 0},
         {"num_dense_layers": 3, "head_dim": 16, "partial_rotary": 0.5},
+        {"mtp_weight": 0.3},
     ],
 )
 def test_arithmetic_equals_the_tensors(changes: dict[str, object]) -> None:
@@ -190,3 +191,35 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
 def test_tied_embeddings_are_one_tensor() -> None:
     model = small_model(tie_embeddings=True)
     assert model.head.weight is model.embedding.weight
+
+
+def test_multi_token_prediction_predicts_the_token_after_the_next() -> None:
+    """The extra loss is that of a block that sees token t+1 and is asked for token t+2, and of nothing later."""
+    model = small_model(mtp_weight=0.5, num_experts=4)
+    tokens_BT, labels_BT = tokens_and_labels(2, 8)
+    labels_BT[1, 6:] = -100
+    losses_BT, features_BX, statistics_Y = model(tokens_BT, labels_BT)
+    plain = small_model(num_experts=4)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(losses_BT, plain(tokens_BT, labels_BT))
+    assert len(model.moe_layers()) == 3
+    assert statistics_Y.split(4)[2].sum() == (labels_BT != -100).sum() * SMALL.top_k
+
+    x_BTD, _ = model._hidden(tokens_BT, labels_BT)
+    expected = []
+    for row in range(2):
+        labels = labels_BT[row][labels_BT[row] != -100]
+        length = len(labels)
+        next_D = model.embedding(labels)
+        from moe.layers import rotary_table
+
+        cos, sin = rotary_table(length, SMALL.head_size, SMALL.rope_theta)
+        hidden, _ = model.next_token(
+            x_BTD[row : row + 1, :length], next_D.unsqueeze(0), cos, sin, torch.ones(1, length, dtype=torch.bool)
+        )
+        expected.append(0.5 * F.cross_entropy(model.head(hidden)[0, :-1], labels[1:]))
+    torch.testing.assert_close(features_BX.flatten(), torch.stack(expected))
+    assert isinstance(model.eval()(tokens_BT, labels_BT), torch.Tensor), "evaluation is of the next token alone"
+    model.train()
+    (losses_BT.mean() + features_BX.mean()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moe.config import ModelConfig
-from moe.model import MoEDecoder
+from moe.model import MoEDecoder, MoELayer
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,3 +109,32 @@ def compare(ours: MoEDecoder, theirs: nn.Module) -> None:
         expected, found = theirs(tokens_BT).logits, ours(tokens_BT)
     assert expected.std() > 0.1, "logits that say something"
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+def test_deepseek_v3_layer() -> None:
+    """The whole MoE layer of DeepSeek-V3: groups, correction bias, routed scale, shared experts."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=HIDDEN, moe_intermediate_size=FF, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1,
+        n_group=4, topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True,
+    )  # fmt: skip
+    theirs = DeepseekV3MoE(config).eval()
+    randomize(theirs)
+    ours = MoELayer(
+        ModelConfig(
+            hidden_size=HIDDEN, num_experts=16, top_k=4, expert_intermediate_size=FF, num_shared_experts=1,
+            num_groups=4, top_groups=2, routed_scale=2.5, num_heads=4,
+        ),
+        parallel_size=1,
+    ).eval()  # fmt: skip
+    ours.router.weight.copy_(theirs.gate.weight)
+    ours.router.expert_bias_E.copy_(theirs.gate.e_score_correction_bias)
+    ours.experts.gate_up.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
+    ours.experts.down.copy_(theirs.experts.down_proj.transpose(1, 2))
+    copy_feed_forward(ours.shared, theirs.shared_experts)
+    x_BTD = torch.randn(2, 30, HIDDEN, generator=torch.Generator().manual_seed(4))
+    expected = theirs(x_BTD)
+    found, _ = ours(x_BTD, torch.ones(2, 30, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
