@@ -44,22 +44,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def model_state_bytes(engine: EngineConfig, num_parameters: int, world_size: int) -> dict[str, float]:
+def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, world_size: int) -> dict[str, float]:
     """Bytes of model state on one rank by component (Rajbhandari et al. 2020, arXiv 1910.02054, section 3).
 
-    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too. Buckets and the alignment of
-    shards are not counted.
+    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too. Routed experts are first
+    divided by expert parallelism, then their state over the ranks that hold the same share. Buckets and the alignment
+    of shards are not counted.
     """
     low = 2 if engine.precision == "bf16" else 4
     accumulate = 2 if engine.accumulation_dtype == "bf16" else 4
-    shard = 1 if engine.zero_stage == 0 else world_size
     # DeepSpeed's ZeRO keeps a flat float32 copy of its shard even when the model itself is float32.
     has_master = engine.precision == "bf16" or engine.zero_stage > 0
+    local = num_dense + num_routed / engine.expert_parallel_size
+    # A share of the experts lies on world / P ranks and its state is cut among those: 1 / world of all experts.
+    sharded = local if engine.zero_stage == 0 else (num_dense + num_routed) / world_size
     return {
-        "parameters": low * num_parameters,
-        "gradients": accumulate * num_parameters / (world_size if engine.zero_stage == 2 else 1),
-        "master weights": (4 * num_parameters / shard) if has_master else 0.0,
-        "Adam moments": 8 * num_parameters / shard,
+        "parameters": low * local,
+        "gradients": accumulate * (sharded if engine.zero_stage == 2 else local),
+        "master weights": 4 * sharded if has_master else 0.0,
+        "Adam moments": 8 * sharded,
     }
 
 
@@ -77,14 +80,17 @@ def _parameters(config: RunConfig, vocab_size: int) -> Table:
 
 
 def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
-    parameters = count_parameters(config.model, vocab_size).num_total
+    count = count_parameters(config.model, vocab_size)
+    routed = count.total["routed experts"]
     table = Table(title=f"GiB on each of {world_size} ranks (estimate)")
     table.add_column("component")
     stages: dict[str, dict[str, float] | str] = {}
     for stage in range(4):
         engine = dataclasses.replace(config.engine, zero_stage=stage)
         problems = engine.problems()
-        stages[f"ZeRO {stage}"] = problems[0] if problems else model_state_bytes(engine, parameters, world_size)
+        stages[f"ZeRO {stage}"] = (
+            problems[0] if problems else model_state_bytes(engine, count.num_total - routed, routed, world_size)
+        )
     for name in stages:
         table.add_column(name + (" *" if name.endswith(str(config.engine.zero_stage)) else ""), justify="right")
     graphs = config.train.global_batch_size // (config.train.micro_batch_size * world_size)

@@ -77,8 +77,12 @@ def layer_ratios(name: str) -> dict[str, float]:
     def gradients(output: torch.Tensor, module: torch.nn.Module) -> None:
         torch.autograd.grad(output, [x_BTD, *module.parameters()], cotangent)
 
+    peers = transformers_peers(layer, experts, top_k, width)
+    for block in peers.values():
+        torch.testing.assert_close(block(x_BTD), layer(x_BTD, counted_BT)[0], rtol=1e-3, atol=1e-2)
     median = interleaved(
         {
+            **{name: (lambda block=block: gradients(block(x_BTD), block)) for name, block in peers.items()},
             "limit": limit,
             "ours": lambda: gradients(layer(x_BTD, counted_BT)[0], layer),
             "dense": lambda: gradients(dense(x_BTD), dense),
@@ -86,13 +90,40 @@ def layer_ratios(name: str) -> dict[str, float]:
     )
     ratios = {f"moe_layer/{name}/limit_over_ours": median["limit"] / median["ours"]}
     ratios[f"moe_layer/{name}/dense_over_ours"] = median["dense"] / median["ours"]
+    ratios |= {f"moe_layer/{name}/peer/{peer}": median[peer] / median["ours"] for peer in peers}
+    ratios[f"moe_layer/{name}/best_peer_over_ours"] = min(median[peer] for peer in peers) / median["ours"]
     return ratios
+
+
+def transformers_peers(layer: MoELayer, experts: int, top_k: int, width: int) -> dict[str, torch.nn.Module]:
+    """transformers' Qwen3-MoE block with the weights of `layer`, for each implementation of its experts."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    class Block(Qwen3MoeSparseMoeBlock):
+        def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x_BTD)
+            return output[0] if isinstance(output, tuple) else output
+
+    blocks: dict[str, torch.nn.Module] = {}
+    for implementation in ("grouped_mm", "eager"):
+        config = Qwen3MoeConfig(
+            hidden_size=HIDDEN, num_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width,
+            norm_topk_prob=True, experts_implementation=implementation,
+        )  # fmt: skip
+        block = Block(config)
+        with torch.no_grad():
+            block.gate.weight.copy_(layer.router.weight)
+            block.experts.gate_up_proj.copy_(layer.experts.gate_up.transpose(1, 2))
+            block.experts.down_proj.copy_(layer.experts.down.transpose(1, 2))
+        blocks[f"transformers_{implementation}"] = block
+    return blocks
 
 
 def _without_shared(config: ModelConfig) -> ModelConfig:
     import dataclasses
 
-    return dataclasses.replace(config, num_shared_experts=0)
+    return dataclasses.replace(config, num_shared_experts=0, router_score="softmax")
 
 
 def hook_ratios() -> dict[str, float]:
