@@ -174,10 +174,13 @@ class ExpertBiasHook(Hook):
         self._record(step, loads)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
-        """Record MaxVio_global: loads over the whole held-out split, averaged over layers."""
+        """Record MaxVio_global (averaged over layers), each layer's held-out loads and biases, and the certificate."""
         loads = _sum_over_ranks(self._model.take_loads("eval"))
         violations = torch.stack([max_violation(layer.counts_E) for layer in loads])
         evaluation.record("eval/maxvio_global", violations.nanmean())  # layers that only train have no loads here
+        for i, (layer, router) in enumerate(zip(loads, self._routers, strict=True)):
+            evaluation.record(f"moe/layer{i}/loads", layer.counts_E)
+            evaluation.record(f"moe/layer{i}/bias", router.expert_bias_E.clone())
         if self._certificate is not None:
             self._certificate.verify(evaluation.step)
             evaluation.record("moe/certificate", 1)

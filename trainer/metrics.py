@@ -33,10 +33,13 @@ class MetricBuffer:
         self._closed: list[dict[str, Tensor | float]] = []
 
     def record(self, name: str, value: Tensor | float, reduction: MetricReduction = "same") -> None:
-        """Add one value to the open row. `reduction` says how ranks that hold different values become one number.
+        """Add one value, or a vector of them, to the open row.
 
-        Raises ValueError if the row has the name already.
+        `reduction` says how ranks that hold different values become one number; a vector must be the same on all.
+        Raises ValueError if the row has the name already, or if a vector comes with a reduction.
         """
+        if reduction != "same" and isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f"metric '{name}' is a vector: it cannot be reduced by {reduction}")
         if name in self._open:
             raise ValueError(f"metric '{name}' is recorded twice in one step")
         self._open[name] = (value.detach() if isinstance(value, Tensor) else value, reduction)
@@ -56,19 +59,20 @@ class MetricBuffer:
         self._open = {}
 
     def flush(self) -> list[Row]:
-        """Finished rows as host numbers, by one copy from the device, and forget them."""
+        """Finished rows as host numbers (vectors as lists), by one copy from the device, and forget them."""
         rows, self._closed = self._closed, []
         tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
-        if tensors:
-            host = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist())
-            integral = iter([not tensor.is_floating_point() for tensor in tensors])
-        return [
-            {
-                name: (int(next(host)) if next(integral) else next(host)) if isinstance(value, Tensor) else value
-                for name, value in row.items()
-            }
-            for row in rows
-        ]
+        host: list[float] = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist() if tensors else []
+        values = iter(host)
+
+        def on_host(value: Tensor | float) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            kind = float if value.is_floating_point() else int
+            found = [kind(next(values)) for _ in range(value.numel())]
+            return found if value.ndim else found[0]
+
+        return [{name: on_host(value) for name, value in row.items()} for row in rows]
 
 
 class JsonlLog:
@@ -131,6 +135,8 @@ def rows_with(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -85,7 +85,7 @@ class WandbSink:
             if run is None:
                 continue
             try:
-                run.log({key: value for key, value in row.items() if value is not None})
+                run.log({key: _shown(value) for key, value in row.items() if value is not None})
             except Exception as error:
                 self._warn(f"failed ({type(error).__name__}: {error})")
                 run = None
@@ -131,6 +131,15 @@ class WandbSink:
         if not self._warned:
             self._warned = True
             log.warning("W&B %s; training goes on, metrics.jsonl is complete", what)
+
+
+def _shown(value: Any) -> Any:
+    """A vector becomes a histogram, so that its course over the run can be seen."""
+    if not isinstance(value, list):
+        return value
+    import wandb
+
+    return wandb.Histogram([item for item in value if item is not None])
 
 
 def run_id(run_dir: Path) -> str:

@@ -19,7 +19,12 @@ METHODS = {
     "sign": ["hooks.expert_bias.rule=sign", "hooks.expert_bias.rate=0.01"],
     "proportional": ["hooks.expert_bias.rule=proportional", "hooks.expert_bias.rate=0.01"],
     "quantile": ["hooks.expert_bias.rule=quantile"],
-}
+    "sign, rate falling as a cosine": [
+        "hooks.expert_bias.rule=sign", "hooks.expert_bias.rate=0.02", "hooks.expert_bias.schedule.shape=cosine",
+    ],
+    "proportional, twice the rate": ["hooks.expert_bias.rule=proportional", "hooks.expert_bias.rate=0.02"],
+    "quantile, averaged (ema 0.9)": ["hooks.expert_bias.rule=quantile", "hooks.expert_bias.options.ema=0.9"],
+}  # fmt: skip
 
 
 def train(name: str, overrides: list[str], seed: int, steps: int) -> tuple[float, float]:

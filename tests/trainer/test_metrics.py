@@ -31,6 +31,16 @@ def test_values_come_out_as_they_went_in() -> None:
     assert buffer.flush() == []
 
 
+def test_vectors_are_lists(tmp_path: Path) -> None:
+    buffer = MetricBuffer()
+    buffer.record("loads", torch.tensor([3, 1, 2]))
+    buffer.record("bias", torch.tensor([0.5, math.nan]))
+    buffer.record("step", 1)
+    buffer.close_step()
+    JsonlLog(tmp_path / "m.jsonl").append(buffer.flush())
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"loads": [3, 1, 2], "bias": [0.5, None], "step": 1}]
+
+
 def test_a_name_twice_is_an_error() -> None:
     buffer = MetricBuffer()
     buffer.record("loss", 1.0)
@@ -147,7 +157,7 @@ def sink_rows(run_dir: Path, config: WandbConfig) -> float:
     begin = time.monotonic()
     sink = WandbSink(config, run_dir=run_dir, run_name="test", resolved_config={"seed": 1})
     for step in range(1, 4):
-        sink.log({"step": step, "loss": 1.0 / step, "mfu": None})
+        sink.log({"step": step, "loss": 1.0 / step, "mfu": None, "moe/layer0/loads": [1, 2, None]})
     spent = time.monotonic() - begin
     sink.close(30)
     return spent
