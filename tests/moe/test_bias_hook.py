@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe.bias_hook import ExpertBiasConfig, ExpertBiasHook
+from moe.bias_hook import ExpertBiasConfig, ExpertBiasHook, RateSchedule, rate_factor
 from moe.config import ModelConfig
 from moe.model import MoEDecoder
 from trainer.errors import ConfigError
@@ -146,3 +146,52 @@ def test_a_model_without_experts_is_refused(model: Any) -> None:
         model = MoEDecoder(config, vocab_size=9)
     with pytest.raises(ConfigError, match="no MoE layer to balance"):
         ExpertBiasHook(ExpertBiasConfig()).on_start(run_of(model))
+
+
+def test_rate_schedules() -> None:
+    def factors(**options: Any) -> list[float]:
+        return [round(rate_factor(RateSchedule(**options), n, 10), 3) for n in range(10)]
+
+    assert factors() == [1.0] * 10
+    assert factors(zero_last=0.3) == [1.0] * 7 + [0.0] * 3
+    assert factors(freeze_after=2) == [1.0] * 2 + [0.0] * 8
+    cosine = factors(shape="cosine")
+    assert cosine[0] == 1.0
+    assert cosine[5] == 0.5
+    assert cosine == sorted(cosine, reverse=True)
+
+
+def test_a_frozen_bias_stays_and_is_still_measured() -> None:
+    model = started()[1]
+    hook = ExpertBiasHook(ExpertBiasConfig(rate=0.01, schedule=RateSchedule(freeze_after=1)))
+    hook.on_start(run_of(model))
+    forward(model, 1)
+    hook.after_step(step_of(Records()), APPLIED)
+    before = biases(model)
+    records, later = Records(), step_of(Records())
+    later.applied_steps, later.recorder = 1, records
+    forward(model, 2)
+    hook.after_step(later, APPLIED)
+    assert before.any()
+    assert torch.equal(biases(model), before)
+    assert "moe/maxvio_batch" in records.values
+
+
+def test_additive_and_multiplicative_states_do_not_mix() -> None:
+    hook, model = started(rule="multiplicative")
+    assert (biases(model) == 1).all()
+    with pytest.raises(ConfigError, match="was balanced by sign, not multiplicative"):
+        hook.load_state_dict(started()[0].state_dict())
+
+
+def test_state_of_a_rule_with_memory_comes_back() -> None:
+    hook, model = started(rule="smebu")
+    for seed in range(3):
+        forward(model, seed)
+        hook.after_step(step_of(Records()), APPLIED)
+    other, other_model = started(rule="smebu")
+    other.load_state_dict(hook.state_dict())
+    for each, its_model in ((hook, model), (other, other_model)):
+        forward(its_model, 7)
+        each.after_step(step_of(Records()), APPLIED)
+    assert torch.equal(biases(other_model), biases(model))
