@@ -157,7 +157,9 @@ class ExpertBiasHook(Hook):
                 multiplicative=self._rule.multiplicative, collect_thresholds=self._rule.needs_thresholds
             )
             self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in self._rule.state})
-        self._certificate = BalanceCertificate(run.model, [router.expert_bias_E for router in self._routers])
+        self._certificate = BalanceCertificate(
+            run.model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
+        )
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """Take the loads of the step, and move the biases if the optimizer moved."""
@@ -170,7 +172,7 @@ class ExpertBiasHook(Hook):
             self._certificate.after_move()
             if result.applied:  # a skipped step may not have forwarded with gradients at all
                 counts = [layer.counts_E for layer in loads]
-                self._certificate.observe_loads(counts, step.tokens_B.sum(), [r.top_k for r in self._routers])
+                self._certificate.observe_loads(counts, step.tokens_B.sum())
         self._record(step, loads)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:

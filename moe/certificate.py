@@ -19,18 +19,19 @@ from trainer.errors import NumericError
 class BalanceCertificate:
     """Watches the loads and biases of a run. Nothing waits for the device before `verify`."""
 
-    def __init__(self, model: nn.Module, biases: Sequence[Tensor]) -> None:
-        """`biases`: the buffers the balancing hook moves; `model`: where all of them must come from."""
+    def __init__(self, model: nn.Module, biases: Sequence[Tensor], top_k: Sequence[int]) -> None:
+        """`biases`: the buffers the balancing hook moves; `model`: where all of them must come from; `top_k` by layer."""
+        self._top_k = torch.tensor(top_k, device=biases[0].device)
         self._biases = list(biases)
         self._in_model = sum(name.endswith("expert_bias_E") for name, _ in model.named_buffers())
         self._miscounted = torch.zeros((), dtype=torch.int64, device=biases[0].device)
         self._disturbed = torch.zeros((), dtype=torch.int64, device=biases[0].device)
         self._expected: Tensor | None = None  # a resumed run may begin with biases that are not zero
 
-    def observe_loads(self, counts: Sequence[Tensor], num_tokens: Tensor, top_k: Sequence[int]) -> None:
+    def observe_loads(self, counts: Sequence[Tensor], num_tokens: Tensor) -> None:
         """Loads of an accumulated step, summed over ranks: each layer's must be tokens x k, exactly."""
         sums = torch.stack([counts_E.sum() for counts_E in counts])
-        self._miscounted += (sums != num_tokens * torch.tensor(top_k, device=sums.device)).sum()
+        self._miscounted += (sums != num_tokens * self._top_k).sum()
 
     def before_move(self) -> None:
         """The hook is about to move the biases: until now nobody may have touched them."""

@@ -30,7 +30,9 @@ def experts_forward(
 def sorted_rows(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order that sorts all choices by expert, int64 [N*K], and how many each expert has, int64 [E]."""
     chosen = indices_NK.flatten()
-    return chosen.argsort(stable=True), torch.bincount(chosen, minlength=num_experts)
+    # Not bincount, which waits for the device to learn its length.
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
+    return chosen.argsort(stable=True), counts_E.index_add_(0, chosen, torch.ones_like(chosen))
 
 
 def grouped_swiglu(rows_RD: Tensor, counts_E: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def within_capacity(
     if by == "score":
         order = gates_NK.detach().flatten().argsort(descending=True, stable=True)
     by_expert = order[experts[order].argsort(stable=True)]
-    loads_E = torch.bincount(experts, minlength=num_experts)
+    loads_E = count_tokens(indices_NK, torch.ones_like(indices_NK[:, 0]), num_experts)
     first_E = loads_E.cumsum(0) - loads_E
     rank_in_expert = torch.empty_like(experts)
     rank_in_expert[by_expert] = torch.arange(experts.numel(), device=experts.device)
