@@ -20,7 +20,7 @@ class BalanceCertificate:
     """Watches the loads and biases of a run. Nothing waits for the device before `verify`."""
 
     def __init__(self, model: nn.Module, biases: Sequence[Tensor], top_k: Sequence[int]) -> None:
-        """`biases`: the buffers the balancing hook moves; `model`: where all of them must come from; `top_k` by layer."""
+        """`biases` and `top_k`: of every balanced layer; `model`: where all of them must come from."""
         self._top_k = torch.tensor(top_k, device=biases[0].device)
         self._biases = list(biases)
         self._in_model = sum(name.endswith("expert_bias_E") for name, _ in model.named_buffers())
