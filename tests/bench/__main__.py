@@ -5,6 +5,7 @@ says little. A layer's limit is the plain matrix products of the same FLOPs. Not
 compared.
 """
 
+import ctypes
 import json
 import statistics
 import sys
@@ -42,8 +43,20 @@ def interleaved(tasks: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> d
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed instead of returning it to the kernel; True if it took the setting.
+
+    By default every tensor of some MB is mapped and zeroed anew each time, at about a microsecond a page: a tax that
+    grows with the temporaries of an implementation and says nothing of its arithmetic. Without it the peers, which
+    make more of them, stand in their best light too. Settings are M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = the maximum.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(key, value) == 1 for key, value in ((-4, 0), (-1, 2**31 - 1)))
+
+
 def layer_ratios(name: str) -> dict[str, float]:
-    """Limit / ours and equal-FLOP dense / ours, forward and backward, fp32."""
+    """Limit / ours, equal-FLOP dense / ours and peers / ours, forward and backward, fp32, in a tuned allocator."""
+    keep_freed_memory()
     experts, top_k, width = LAYERS[name]
     torch.manual_seed(0)
     config = ModelConfig(
