@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 
 
 class CpuExperts(torch.autograd.Function):
-    """(x_ND, gates_R, gate_up_ED2F, down_EFD, token_of_row_R, counts) -> y_ND; rows are sorted by expert."""
+    """(x_ND, gates_R, gate_up_ED2F, down_EFD, token_of_row_R, counts, needs_backward) -> y_ND; rows sorted by expert.
+
+    `needs_backward`: keep what the backward needs. A function cannot ask: inside it gradients are always off.
+    """
 
     @staticmethod
     def forward(
@@ -31,9 +34,9 @@ class CpuExperts(torch.autograd.Function):
         down: Tensor,
         token_of_row_R: Tensor,
         counts: list[int],
+        needs_backward: bool,
     ) -> Tensor:
         width, intermediate = x_ND.shape[1], down.shape[1]
-        needs_backward = any(ctx.needs_input_grad)
         largest = max(counts, default=0)
         gathered, outputs = x_ND.new_empty(largest, width), x_ND.new_empty(largest, width)
         active = x_ND.new_empty(largest, intermediate)
@@ -53,7 +56,7 @@ class CpuExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
         x_ND, gates_R, gate_up, down, token_of_row_R, kept = ctx.saved_tensors
         width, intermediate, largest = x_ND.shape[1], down.shape[1], max(ctx.counts, default=0)
         gathered, moved = x_ND.new_empty(largest, width), x_ND.new_empty(largest, width)
@@ -79,7 +82,7 @@ class CpuExperts(torch.autograd.Function):
             x_r = torch.index_select(x_ND, 0, tokens_r, out=gathered[:n])
             torch.mm(x_r.T, d_inner[:n], out=d_gate_up[expert])
             dx_ND.index_add_(0, tokens_r, torch.mm(d_inner[:n], gate_up[expert].T, out=moved[:n]))
-        return dx_ND, dgates_R, d_gate_up, d_down, None, None
+        return dx_ND, dgates_R, d_gate_up, d_down, None, None, None
 
 
 def _activate(gate_up_r: Tensor, out_r: Tensor) -> Tensor:
@@ -106,5 +109,6 @@ def cpu_experts_forward(
     """Sum over each token's experts of gate * SwiGLU(x), [N, D], for choices sorted by expert by `order_R`."""
     token_of_row_R = order_R // gates_NK.shape[1]
     gates_R = gates_NK.flatten()[order_R].to(x_ND.dtype)
-    y_ND: Tensor = CpuExperts.apply(x_ND, gates_R, gate_up, down, token_of_row_R, counts_E.tolist())
+    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, gates_R, gate_up, down))
+    y_ND: Tensor = CpuExperts.apply(x_ND, gates_R, gate_up, down, token_of_row_R, counts_E.tolist(), needs_backward)
     return y_ND
