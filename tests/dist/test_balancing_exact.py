@@ -13,7 +13,7 @@ from tests.harness import losses, rows, run_trainings, tiny_config
 from trainer.data.config import DataConfig
 from trainer.data.corpus import TokenCorpus
 
-RATES = {"decay_linear": 0.05, "decay_sqrt": 0.05, "pid": 0.01}
+RATES = {"decay_linear": 0.05, "decay_sqrt": 0.05, "pid": 0.002}
 
 METHODS: dict[str, list[str]] = {
     name: [f"hooks.expert_bias.rule={name}", f"hooks.expert_bias.rate={RATES.get(name, 0.01)}"] for name in RULES
@@ -104,10 +104,13 @@ def check(method: str, cut: str, folder: Path, references: dict[str, Reference])
     biases = safetensors.torch.load_file(checkpoint / "hooks.safetensors")
     for i, expected_E in enumerate(expected_biases):
         bias_E = biases[f"expert_bias/bias.{i}"]
-        # Loads are whole numbers, so what follows from them is the same to the last bit or two of a float; a score's
-        # rounding can move a token to the neighbouring bin of a threshold histogram.
-        tolerance = 5e-3 if method in ("quantile", "bip") else 1e-6
-        assert (bias_E - expected_E).abs().max() <= tolerance
+        # Loads are whole numbers, so what follows from them is the same. But where two scores tie to the last bits,
+        # another order of summation can send a token elsewhere: a rule that follows the size of the error then moves
+        # by a token's worth, and one that solves for the bias by a bin of its histogram. A rule that saw the loads of
+        # one rank or one micro-batch only would be off by ten times as much, and its losses with it.
+        follows_size = method not in ("sign", "centered_sign", "multiplicative")
+        assert (bias_E - expected_E).abs().max() <= (5e-3 if method in ("quantile", "bip") else 2e-3 if follows_size else 0.021)
+        assert ((bias_E - expected_E).abs() > 1e-6).sum() <= (len(expected_E) if follows_size else 2)
         assert expected_E.any()
 
 
