@@ -12,8 +12,11 @@ from trainer.hooks import Hook, HookList
 from trainer.registry import find_hook
 
 
-def resolve_hooks(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The section with every default filled in, and every problem in it."""
+def resolve_hooks(section: Mapping[str, Any], *, is_frozen: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """The section with every default filled in, and every problem in it.
+
+    `is_frozen`: whether the hooks must do with weights that are fixed before a step.
+    """
     resolved: dict[str, Any] = {}
     problems: list[str] = []
     hooks: dict[str, Hook] = {}
@@ -37,9 +40,12 @@ def resolve_hooks(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         if enabled and not option_problems:
             hooks[label] = _instantiate(hook_class, complete)
     try:
-        HookList(hooks)
+        reason = HookList(hooks).frozen_problem
     except ConfigError as error:
         problems.append(str(error))
+    else:
+        if is_frozen and reason and not problems:
+            problems.append(f"train.accumulation: frozen cannot be used: {reason}")
     return resolved, problems
 
 

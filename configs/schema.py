@@ -60,5 +60,10 @@ class RunConfig:
             found.append(f"engine.expert_parallel_size: {shares} does not divide the number of ranks ({world_size})")
         if shares > 1 and self.model.num_moe_layers < 1:
             found.append(f"engine.expert_parallel_size: {shares}, but the model has no experts; set it to 1")
+        if self.train.accumulation == "frozen" and (self.model.aux_loss.any or self.model.has_mtp):
+            found.append(
+                "train.accumulation: frozen scales the whole gradient by the weights' divisor, so it cannot be used "
+                "with model.aux_loss or model.mtp_weight; use auto"
+            )
         found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
         return found

@@ -91,9 +91,11 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
         total_steps=config.train.steps,
         global_batch_size=config.train.global_batch_size,
         domain_names=corpus.domain_names,
+        domain_shares=corpus.domain_shares,
         run_dir=run_dir,
         device=device,
         seed=config.seed,
+        is_frozen=config.train.accumulation == "frozen",
     )
     hooks = build_hooks(config.hooks)
     hooks.on_start(run)

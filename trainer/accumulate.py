@@ -1,24 +1,28 @@
 """Forward and backward of one optimizer step over the global batch, exactly, however the batch is cut.
 
-The objective is sum_i c_i l_i over all B samples of the step (ranks x micro-batches): l_i is the mean
-cross-entropy of sample i, and the coefficients c_i, which sum to one, come from the sample weights and the
-normalisation. No rank ever normalises by something only it knows.
+The objective (trainer/objective.py) is sum_i c_i l_i over all B samples of the step, ranks x micro-batches. How to get
+there depends on what the hooks need (Sow et al. 2025, arXiv 2502.06733):
 
-Three ways to get there, chosen by what the hooks need (algorithms: Sow et al. 2025, arXiv 2502.06733):
 - `streaming`: nobody needs losses before the backward: forward and backward each micro-batch in turn.
 - `deferred`: M forwards that keep their graphs, the hooks set weights, M backwards. No extra FLOPs; M x activations.
 - `two_pass`: M forwards without graphs, weights, then forward + backward each, with the random state of the
   first pass replayed so that dropout draws the same masks.
+- `auto`: as many graphs as memory allows are kept, the other micro-batches are forwarded twice (trainer/memory.py).
+- `frozen`: weights are functions that the hook fixed before the step (statistics of earlier steps), so each micro-batch
+  goes backward at once with weights that lack only their common divisor; the finished gradient is scaled by it, once,
+  before clipping. A step for which the hook has no such function, or asks to be exact, runs as `auto`.
+
+`deferred`, `two_pass` and `auto` give the same gradients.
 
 A model may return, beside its token losses [b, T], features [b, X] of a penalty and statistics [Y] of the micro-batch.
-The objective then also has the mean over all B samples of features @ c, with c = model.penalty_coefficients(statistics
+The objective then also has the mean over all rows of features @ c, with c = model.penalty_coefficients(statistics
 summed over the step). A model whose c depends on the statistics says `needs_whole_step` and is not run in `streaming`.
 
-One all-gather of five numbers a sample per step shows every rank the whole batch (two in `streaming`, which
-must know the token counts first). It also carries the stop request, so agreeing to stop costs nothing.
+One all-gather of a few numbers a sample shows every rank the whole batch (two in `streaming`, which must know the token
+counts first). It also carries the stop request, so agreeing to stop costs nothing.
 
-Shape letters: B samples of the step, b of a micro-batch, S of this rank, M micro-batches, T sequence, W ranks,
-X features, Y statistics.
+Shape letters: B samples of the step, b rows of a micro-batch, s samples of a micro-batch, M micro-batches, T sequence,
+X features, Y statistics, D domains.
 """
 
 from collections.abc import Sequence
@@ -31,50 +35,31 @@ from torch import Tensor
 from trainer import ranks
 from trainer.data.loader import MicroBatch
 from trainer.engine import Engine
-from trainer.hooks import HookList, Recorder, StepContext
+from trainer.global_batch import GlobalBatch, gather_step
+from trainer.hooks import FrozenWeights, HookList, Recorder, StepContext
+from trainer.memory import GraphBudget
+from trainer.objective import (
+    Normalization,
+    Objective,
+    SampleSplit,
+    coefficient_numerators,
+    loss_coefficients,
+)
 
-AccumulationMode = Literal["streaming", "deferred", "two_pass"]
-Normalization = Literal["samples", "tokens"]
-
-IGNORED_LABEL = -100
-
-
-def loss_coefficients(tokens_B: Tensor, weights_B: Tensor | None, normalization: Normalization) -> Tensor:
-    """Factor c_i of each sample's mean loss in the objective, float64 [B]; they sum to one over valid samples.
-
-    `samples`: c_i = w_i, every sample counts by its weight whatever its length.
-    `tokens`: c_i = w_i n_i / sum_j w_j n_j, every token of a sample counts by the sample's weight.
-    Without weights w_i is uniform over samples with at least one target token; if there is none, all are zero.
-    """
-    tokens_B = tokens_B.double()
-    share_B = (tokens_B > 0).double() if weights_B is None else weights_B.double()
-    if normalization == "tokens":
-        share_B = share_B * tokens_B
-    total = share_B.sum()
-    return torch.where(total > 0, share_B / total.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-
-
-def sample_losses(token_losses_bT: Tensor, tokens_b: Tensor) -> Tensor:
-    """Mean cross-entropy of each sample over its target tokens, float32 [b]; 0 for a sample without any."""
-    return token_losses_bT.float().sum(dim=1) / tokens_b.clamp(min=1)
+AccumulationMode = Literal["streaming", "deferred", "two_pass", "auto", "frozen"]
 
 
 class Forwarded(NamedTuple):
-    """What one forward gave."""
+    """What one forward gave, by sample."""
 
-    loss_b: Tensor
+    losses_s: Tensor
+    """Mean cross-entropy, float32, as hooks see it."""
+    weighted_s: Tensor
+    """What is differentiated: the same, or with token weights sum_t v_t CE_t / n."""
+    token_weights_s: Tensor | None
+    """Sum of the token weights; None if there are none."""
     features_bX: Tensor | None
     statistics_Y: Tensor | None
-
-
-class GlobalBatch(NamedTuple):
-    """The step as every rank sees it, rows sorted by sample id."""
-
-    sample_ids_B: Tensor
-    domains_B: Tensor
-    tokens_B: Tensor
-    losses_B: Tensor
-    stop: Tensor  # bool scalar: some rank was asked to stop
 
 
 @dataclass(frozen=True)
@@ -83,6 +68,8 @@ class AccumulatedStep:
 
     context: StepContext
     coefficients_B: Tensor
+    gradient_scale: Tensor | None
+    """Factor the gradient still lacks; None if it is complete."""
     skip_reason: str
     """Why there is nothing to apply; empty if there is."""
     stop_requested: bool
@@ -98,6 +85,8 @@ class Accumulator:
         *,
         mode: AccumulationMode,
         normalization: Normalization,
+        num_micro_batches: int,
+        samples_per_row: int,
         device: torch.device,
     ) -> None:
         assert mode != "streaming" or not hooks.needs_batch_losses, "a hook needs the losses before the backward"
@@ -106,135 +95,227 @@ class Accumulator:
         self._hooks = hooks
         self._mode = mode
         self._normalization = normalization
+        self._samples_per_row = samples_per_row
         self._device = device
+        self.budget = GraphBudget(mode if mode in ("deferred", "two_pass") else "auto", num_micro_batches, device)
 
     def run(
         self, micro_batches: Sequence[MicroBatch], *, step: int, applied_steps: int, recorder: Recorder, stop: bool
     ) -> AccumulatedStep:
         """Accumulate the gradient of one step; `stop` tells that this rank was asked to end the run."""
-        batches = [batch.to(self._device) for batch in micro_batches]
-        tokens = [(batch.labels_bT != IGNORED_LABEL).sum(dim=1) for batch in batches]
-        last = len(batches) - 1
-        objective: _Objective | None = None
-        generators: list[_RandomState] = []
-        waiting: list[Forwarded] = []  # forwards whose backward is still to come
-        losses: list[Tensor] = []
-        statistics: list[Tensor] = []
-
+        run = _StepRun(self, [batch.to(self._device) for batch in micro_batches], step, applied_steps, recorder, stop)
         if self._mode == "streaming":
-            known = self._gather(batches, tokens, [n.new_zeros(n.shape) for n in tokens], stop=stop)
-            objective = self._objective(loss_coefficients(known.tokens_B, None, self._normalization), statistics, step)
-        for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):
-            if self._mode == "two_pass":
-                generators.append(_RandomState.now(self._device))
-            with torch.set_grad_enabled(self._mode != "two_pass"):
-                forwarded = self._forward(batch, tokens_b)
-            losses.append(forwarded.loss_b.detach())
-            if forwarded.statistics_Y is not None:
-                statistics.append(forwarded.statistics_Y)
-            if objective is not None and m < last:
-                self._engine.backward(objective(forwarded, batch), last=False)
-            elif self._mode != "two_pass":
-                waiting.append(forwarded)
+            return run.streaming()
+        frozen = self._hooks.frozen_weights(applied_steps) if self._mode == "frozen" else None
+        return run.whole_step() if frozen is None else run.frozen(frozen)
 
-        batch_B = self._gather(batches, tokens, losses, stop=stop)
-        context = StepContext(
-            step=step,
-            applied_steps=applied_steps,
-            sample_ids_B=batch_B.sample_ids_B,
-            domains_B=batch_B.domains_B,
-            tokens_B=batch_B.tokens_B,
-            losses_B=batch_B.losses_B,
-            recorder=recorder,
-        )
-        skip_reason, stop_requested = self._verdict(batch_B)
-        if not skip_reason:
-            self._hooks.on_losses(context)
-        if objective is None:
-            coefficients_B = loss_coefficients(context.tokens_B, context.weights_B, self._normalization)
-            objective = self._objective(coefficients_B, statistics, step)
-        done = AccumulatedStep(context, objective.coefficients_B, skip_reason, stop_requested)
 
-        if skip_reason:
-            if self._mode == "streaming" and last > 0:
-                self._engine.abandon(waiting[0].loss_b.sum())
+class _StepRun:
+    """One step on its way: its micro-batches, and what their forwards gave so far."""
+
+    def __init__(
+        self,
+        owner: Accumulator,
+        batches: Sequence[MicroBatch],
+        step: int,
+        applied_steps: int,
+        recorder: Recorder,
+        stop: bool,
+    ) -> None:
+        self._engine, self._hooks, self._budget = owner._engine, owner._hooks, owner.budget
+        self._normalization, self._device = owner._normalization, owner._device
+        self._batches = batches
+        self._splits = [SampleSplit.of(batch, owner._samples_per_row) for batch in batches]
+        self._tokens = [split.tokens() for split in self._splits]
+        self._step, self._applied_steps, self._recorder, self._stop = step, applied_steps, recorder, stop
+        self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size()
+        self._factors_D = self._hooks.domain_factors()
+        self._losses: list[Tensor] = []
+        self._token_weights: list[Tensor] = []
+        self._statistics: list[Tensor] = []
+
+    def streaming(self) -> AccumulatedStep:
+        """Forward and backward each micro-batch in turn, with coefficients that do not depend on losses."""
+        known = self._gather(losses=[n.new_zeros(n.shape) for n in self._tokens])
+        coefficients_B = self._coefficients(known, None)
+        objective = Objective(self._num_rows, self._penalty_coefficients())
+        last = len(self._batches) - 1
+        for m in range(last):
+            forwarded = self._forward(m)
+            self._engine.backward(
+                objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX), last=False
+            )
+        forwarded = self._forward(last)
+        batch = self._gather(losses=self._losses)
+        done = self._finish(batch, coefficients_B)
+        if done.skip_reason:
+            if last > 0:
+                self._engine.abandon(forwarded.weighted_s.sum())
             return done
-        for m, (batch, tokens_b) in enumerate(zip(batches, tokens, strict=True)):
-            if self._mode == "two_pass":
-                generators[m].restore(self._device)
-                self._engine.backward(objective(self._forward(batch, tokens_b), batch), last=m == last)
-            elif self._mode == "deferred" or m == last:
-                self._engine.backward(objective(waiting.pop(0), batch), last=m == last)
-        if objective.penalty is not None:
-            recorder.record(self._engine.module.penalty_name, objective.penalty, "sum")  # type: ignore[arg-type]
+        self._engine.backward(
+            objective.share(forwarded.weighted_s, self._own(coefficients_B, last), forwarded.features_bX), last=True
+        )
+        self._record_penalty(objective)
         return done
 
-    def _forward(self, batch: MicroBatch, tokens_b: Tensor) -> Forwarded:
+    def frozen(self, weights: FrozenWeights) -> AccumulatedStep:
+        """Forward and backward each micro-batch in turn, with weights that lack their common divisor."""
+        objective = Objective(self._num_rows, None)
+        numerators: list[Tensor] = []
+        last = len(self._batches) - 1
+        for m in range(last + 1):
+            forwarded = self._forward(m)
+            valid_s = self._tokens[m] > 0
+            factors_s = self._factor_of(self._splits[m].spread(self._batches[m].domains_b))
+            weights_s = weights(forwarded.losses_s.detach(), valid_s)
+            numerators.append(coefficient_numerators(self._tokens[m], weights_s, self._normalization, factors_s))
+            if m < last:  # the last one waits until all losses are known to be finite
+                self._engine.backward(objective.share(forwarded.weighted_s, numerators[m], None), last=False)
+        batch = self._gather(losses=self._losses, numerators=numerators)
+        total = batch.values["numerators"].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        used_B = batch.values["numerators"] / total
+        done = self._finish(batch, used_B, gradient_scale=1 / (total * self._mean_token_weight(batch)))
+        if done.skip_reason:
+            if last > 0:
+                self._engine.abandon(forwarded.weighted_s.sum())
+            return done
+        self._engine.backward(objective.share(forwarded.weighted_s, numerators[last], None), last=True)
+        return done
+
+    def whole_step(self) -> AccumulatedStep:
+        """Forward all, let the hooks set weights, then backward all; graphs that were not kept are made again."""
+        kept: list[Forwarded] = []
+        generators: list[_RandomState] = []
+        for m in range(len(self._batches)):
+            if m < self._budget.kept:
+                self._budget.before_forward()
+                kept.append(self._forward(m))
+                self._budget.after_forward()
+            else:
+                generators.append(_RandomState.now(self._device))
+                with torch.no_grad():
+                    self._forward(m)
+        batch = self._gather(losses=self._losses)
+        done = self._finish(batch, None)
+        if done.skip_reason:
+            return done
+        objective = Objective(self._num_rows, self._penalty_coefficients())
+        coefficients_B = done.coefficients_B / self._mean_token_weight(batch)
+        num_kept, last = len(kept), len(self._batches) - 1
+        for m in range(last + 1):
+            if m < num_kept:
+                forwarded = kept.pop(0)
+            else:
+                generators[m - num_kept].restore(self._device)
+                forwarded = self._forward(m)
+            self._engine.backward(
+                objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX),
+                last=m == last,
+            )
+        self._record_penalty(objective)
+        return done
+
+    def _forward(self, m: int) -> Forwarded:
+        """Forward one micro-batch; what the gather needs is noted the first time."""
+        batch, split, tokens_s = self._batches[m], self._splits[m], self._tokens[m]
         output = self._engine.forward(batch.tokens_bT, batch.labels_bT)
-        if isinstance(output, Tensor):
-            return Forwarded(sample_losses(output, tokens_b), None, None)
-        token_losses_bT, features_bX, statistics_Y = output
-        return Forwarded(sample_losses(token_losses_bT, tokens_b), features_bX, statistics_Y)
+        token_losses_bT, features_bX, statistics_Y = (output, None, None) if isinstance(output, Tensor) else output
+        token_losses_bT = token_losses_bT.float()
+        count_s = tokens_s.clamp(min=1)
+        losses_s = weighted_s = split.sums(token_losses_bT) / count_s
+        weights_bT = self._hooks.token_weights(token_losses_bT.detach())
+        token_weights_s = None
+        if weights_bT is not None:
+            weights_bT = torch.where(split.counted_bT, weights_bT, 0.0)
+            weighted_s = split.sums(token_losses_bT * weights_bT) / count_s
+            token_weights_s = split.sums(weights_bT)
+        if m == len(self._losses):
+            self._losses.append(losses_s.detach())
+            if token_weights_s is not None:
+                self._token_weights.append(token_weights_s)
+            if statistics_Y is not None:
+                self._statistics.append(statistics_Y)
+        return Forwarded(losses_s, weighted_s, token_weights_s, features_bX, statistics_Y)
 
-    def _objective(self, coefficients_B: Tensor, statistics: Sequence[Tensor], step: int) -> "_Objective":
-        module: Any = self._engine.module
-        penalty_X = None
-        if hasattr(module, "penalty_coefficients"):
-            total_Y = None
-            if module.needs_whole_step:
-                total_Y = ranks.all_reduce_(torch.stack(list(statistics)).sum(dim=0))
-            penalty_X = module.penalty_coefficients(total_Y)
-        return _Objective(coefficients_B, penalty_X, step)
+    def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
+        if self._token_weights:
+            values["token_weights"] = self._token_weights
+        return gather_step(self._batches, self._splits, self._tokens, values, stop=self._stop)
 
-    def _gather(
-        self, batches: Sequence[MicroBatch], tokens: Sequence[Tensor], losses: Sequence[Tensor], *, stop: bool
-    ) -> GlobalBatch:
-        columns_S5 = torch.stack(
-            [
-                torch.cat([batch.sample_ids_b for batch in batches]).double(),
-                torch.cat([batch.domains_b for batch in batches]).double(),
-                torch.cat(list(tokens)).double(),
-                torch.cat(list(losses)).double(),
-                torch.full((sum(n.numel() for n in tokens),), float(stop), dtype=torch.float64, device=self._device),
-            ],
-            dim=1,
+    def _finish(
+        self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None
+    ) -> AccumulatedStep:
+        """Look at the whole step: skip it, or let the hooks see it. `coefficients_B`: None until the hooks set weights.
+
+        The one place of a step where the host waits for the device.
+        """
+        context = StepContext(
+            step=self._step,
+            applied_steps=self._applied_steps,
+            sample_ids_B=batch.sample_ids_B,
+            parts_B=batch.parts_B,
+            domains_B=batch.domains_B,
+            tokens_B=batch.tokens_B,
+            losses_B=batch.losses_B,
+            used_B=None if gradient_scale is None else coefficients_B,
+            own_S=self._own_positions(),
+            recorder=self._recorder,
         )
-        # float64 holds ids up to 2^53 and float32 losses exactly, so one tensor and one collective carry all.
-        rows_B5 = ranks.all_gather(columns_S5).flatten(0, 1)
-        rows_B5 = rows_B5[rows_B5[:, 0].argsort()]
-        ids_B, domains_B, tokens_B, losses_B, stop_B = rows_B5.unbind(dim=1)
-        return GlobalBatch(ids_B.long(), domains_B.long(), tokens_B.long(), losses_B.float(), stop_B.any())
-
-    def _verdict(self, batch: GlobalBatch) -> tuple[str, bool]:
-        """Whether to skip, and whether to stop: the one place of a step where the host waits for the device."""
         finite_B = torch.isfinite(batch.losses_B)
         all_finite, any_tokens, stop = torch.stack([finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]).tolist()
+        reason = "" if any_tokens else "no sample has a target token"
         if not all_finite:
             bad = batch.sample_ids_B[~finite_B].tolist()
             shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-            return f"loss is not finite in sample {shown}", stop
-        return ("" if any_tokens else "no sample has a target token"), stop
+            reason = f"loss is not finite in sample {shown}"
+        if not reason:
+            self._hooks.on_losses(context)
+        if coefficients_B is None:
+            coefficients_B = self._coefficients(batch, context.weights_B)
+        context.coefficients_B = coefficients_B
+        return AccumulatedStep(context, coefficients_B, gradient_scale, reason, stop)
 
+    def _coefficients(self, batch: GlobalBatch, weights_B: Tensor | None) -> Tensor:
+        return loss_coefficients(batch.tokens_B, weights_B, self._normalization, self._factor_of(batch.domains_B))
 
-class _Objective:
-    """One step's objective, once its coefficients are known: turns a forward into this rank's share of it."""
+    def _factor_of(self, domains: Tensor) -> Tensor | None:
+        return None if self._factors_D is None else self._factors_D[domains]
 
-    def __init__(self, coefficients_B: Tensor, penalty_X: Tensor | None, step: int) -> None:
-        self.coefficients_B = coefficients_B
-        self.penalty: Tensor | None = None
-        """Value of the penalty so far, on this rank."""
-        self._penalty_X = penalty_X
-        # Samples of a step are consecutive ids, and the global view is sorted by id: position is a subtraction.
-        self._first_id = (step - 1) * coefficients_B.numel()
+    def _mean_token_weight(self, batch: GlobalBatch) -> Tensor | float:
+        """Mean of the token weights over all target tokens of the step; 1 without token weights."""
+        if not self._token_weights:
+            return 1.0
+        mean = batch.values["token_weights"].sum() / batch.tokens_B.sum()
+        self._recorder.record("reweight/token_weight_mean", mean)
+        return mean.clamp(min=1e-12)
 
-    def __call__(self, forwarded: Forwarded, batch: MicroBatch) -> Tensor:
-        own_b = self.coefficients_B[batch.sample_ids_b - self._first_id]
-        share = (forwarded.loss_b * own_b.to(forwarded.loss_b.dtype)).sum()
-        if forwarded.features_bX is not None and self._penalty_X is not None:
-            penalty = (forwarded.features_bX @ self._penalty_X).sum() / self.coefficients_B.numel()
-            self.penalty = penalty.detach() if self.penalty is None else self.penalty + penalty.detach()
-            share = share + penalty
-        return share
+    def _own(self, values_B: Tensor, m: int) -> Tensor:
+        """The part of a global [B] tensor that belongs to micro-batch m, [s]."""
+        return values_B[self._positions(m)]
+
+    def _own_positions(self) -> Tensor:
+        """Where this rank's samples lie among all, in the order they were forwarded, int64 [S]."""
+        return torch.cat([self._positions(m) for m in range(len(self._batches))])
+
+    def _positions(self, m: int) -> Tensor:
+        # Rows of a step are consecutive numbers, and the global view is sorted by them: position is a subtraction.
+        per_row = self._splits[m].samples_per_row
+        rows_b = self._batches[m].sample_ids_b - (self._step - 1) * self._num_rows
+        return (rows_b.unsqueeze(1) * per_row + torch.arange(per_row, device=rows_b.device)).flatten()
+
+    def _penalty_coefficients(self) -> Tensor | None:
+        module: Any = self._engine.module
+        if not hasattr(module, "penalty_coefficients"):
+            return None
+        total_Y = None
+        if module.needs_whole_step:
+            total_Y = ranks.all_reduce_(torch.stack(self._statistics).sum(dim=0))
+        coefficients_X: Tensor = module.penalty_coefficients(total_Y)
+        return coefficients_X
+
+    def _record_penalty(self, objective: Objective) -> None:
+        if objective.penalty is not None:
+            self._recorder.record(self._engine.module.penalty_name, objective.penalty, "sum")  # type: ignore[arg-type]
 
 
 class _RandomState(NamedTuple):

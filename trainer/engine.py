@@ -182,13 +182,24 @@ class Engine:
         # DeepSpeed averages over ranks, while our shares add up to the objective.
         self._engine.backward(objective * ranks.world_size(), scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> EngineStep:
-        """Clip and update, or skip if the gradient is not finite: then parameters and optimizer are untouched."""
+    def step(self, learning_rate: float, gradient_scale: Tensor | None = None) -> EngineStep:
+        """Clip and update, or skip if the gradient is not finite: then parameters and optimizer are untouched.
+
+        `gradient_scale`: factor the accumulated gradient still lacks; it is applied before norm and clipping.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if not self.config.checks_gradients_itself:
-            self._engine.step()
-            return EngineStep(self._engine.was_step_applied(), self._engine.get_global_grad_norm())
+            with self._scaled_gradients(gradient_scale):
+                self._engine.step()
+            applied = self._engine.was_step_applied()
+            grad_norm = self._engine.get_global_grad_norm()
+            if gradient_scale is not None and applied and not self._norm_is_unscaled:
+                grad_norm = grad_norm * gradient_scale
+            return EngineStep(applied, grad_norm)
+        if gradient_scale is not None:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, gradient_scale.to(gradients[0].dtype))
         grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf)
         # Reduced gradients are the same on every rank; the flag is agreed all the same, for memory can err on one.
         is_bad = ranks.all_reduce_((~torch.isfinite(grad_norm)).to(torch.int32), "max")
@@ -197,6 +208,34 @@ class Engine:
             return EngineStep(False, grad_norm)
         self._engine.step()
         return EngineStep(True, grad_norm)
+
+    @contextmanager
+    def _scaled_gradients(self, scale: Tensor | None) -> Iterator[None]:
+        """Let DeepSpeed's optimizer multiply its reduced gradients by `scale` on the way to norm and clipping.
+
+        That is what its loss scale is for: a gradient accumulated with scale 1 is divided by the scale of this moment.
+        BF16_Optimizer (bf16 at stage 1 with fp32 accumulation) has none, but keeps its gradients in flat buffers.
+        """
+        optimizer = self._engine.optimizer
+        if scale is None:
+            yield
+            return
+        buffers = getattr(optimizer, "fp32_groups_gradients_flat", None)
+        if buffers is not None:
+            torch._foreach_mul_(list(buffers), scale.to(buffers[0].dtype))
+            yield
+            return
+        owner = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
+        before, owner.cur_scale = owner.cur_scale, (1 / scale).float()
+        try:
+            yield
+        finally:
+            owner.cur_scale = before
+
+    @property
+    def _norm_is_unscaled(self) -> bool:
+        """Whether DeepSpeed reports the norm of the gradient after the scale; bf16 at stage 0 reports it before."""
+        return not hasattr(self._engine.optimizer, "loss_scale_config")
 
     def abandon(self, loss: Tensor) -> None:
         """Drop the gradients that earlier backwards of this step have left, on every rank.

@@ -4,7 +4,8 @@ The loop, with every event in place:
 
     on_start(run)
     for each optimizer step:
-        for each micro-batch: fetch, forward -> token losses -> sample losses
+        domain_factors(), frozen_weights()         what is fixed before the step, if anything
+        for each micro-batch: fetch, forward -> token losses -> token_weights(losses) -> sample losses
         on_losses(step)            all B sample losses of this step; the owner of "weights" may set them
         backward of sum_i c_i l_i, gradients reduced, clipped
         before_step(step)
@@ -18,17 +19,20 @@ Decisions:
   sample id, identical on every rank. A rule that is a pure function of it cannot depend on how the batch
   was cut, and a hook needs no collective to see the whole batch.
 - A hook never sees the engine, the optimizer or the loader.
-- Each writable slot ("weights", "expert_bias", or a user's own name) has at most one owner per run.
+- Each writable slot ("weights", "token_weights", "domain_factors", "expert_bias", or a user's own name) has at most one
+  owner per run.
+- A sample is a row of tokens, unless the owner of the weights weighs documents: then every row counts as
+  `samples_per_row` samples, of which those beyond its documents have no target tokens.
 - Schedules count `applied_steps`, so that a skipped step leaves no trace.
 
 Shape letters: B samples of one optimizer step.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +47,17 @@ StopReason = Literal["done", "preempted", "error"]
 StateValue = Tensor | int | float | str
 State = dict[str, StateValue]
 
+MetricValue = Tensor | float | list[dict[str, Any]]
+"""A number, a vector or matrix, or a table as a list of rows."""
+
+FrozenWeights = Callable[[Tensor, Tensor], Tensor]
+"""(losses_s, valid_s) -> weights_s up to a factor that is the same for all samples of the step; 0 where invalid."""
+
 
 class Recorder(Protocol):
     """Where metrics go; values may stay on the device until they are written."""
 
-    def record(self, name: str, value: Tensor | float, reduction: MetricReduction = "same") -> None: ...
+    def record(self, name: str, value: MetricValue, reduction: MetricReduction = "same") -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +69,36 @@ class RunContext:
     total_steps: int
     global_batch_size: int
     domain_names: tuple[str, ...]
+    domain_shares: tuple[float, ...]
+    """Share of the training rows that each domain provides; they sum to one."""
     run_dir: Path
     device: torch.device
     seed: int
+    is_frozen: bool = False
+    """Whether steps run with weights that are fixed before them (train.accumulation=frozen)."""
+    excerpts: Callable[[Sequence[tuple[int, int]]], list[str]] = field(default=lambda samples: ["" for _ in samples])
+    """Beginnings of the texts of samples given as (row number, part of the row). Reads from disk, so not every step."""
 
 
 @dataclass(kw_only=True)
 class StepContext:
-    """One optimizer step over the global batch, identical on every rank. Rows are sorted by sample id."""
+    """One optimizer step over the global batch, identical on every rank but for `own_S`. Sorted by row and part."""
 
     step: int
     """Number of this step, from 1."""
     applied_steps: int
     """Optimizer updates applied before this step: the clock of every schedule."""
-    sample_ids_B: Tensor  # int64
+    sample_ids_B: Tensor  # int64, number of the row
+    parts_B: Tensor  # int64, which document of its row; 0 where rows are the samples
     domains_B: Tensor  # int64, index into RunContext.domain_names
     tokens_B: Tensor  # int64, target tokens that count in the loss
     losses_B: Tensor  # float32, detached mean cross-entropy; 0 where tokens_B is 0
+    own_S: Tensor  # int64, where this rank's samples lie among all, in the order they were forwarded
     recorder: Recorder
+    used_B: Tensor | None = None
+    """Frozen steps: the coefficients that were used already, so that weights set now are for comparison only."""
+    coefficients_B: Tensor | None = None
+    """Factor of each sample's loss in the objective, float64, summing to one; known once `on_losses` is over."""
     _weights_B: Tensor | None = None
     _weights_owner: bool = field(default=False, repr=False)
 
@@ -124,7 +146,7 @@ class EvaluationContext:
     """Held-out target tokens seen, over all ranks and domains."""
     recorder: Recorder
 
-    def record(self, name: str, value: Tensor | float, reduction: MetricReduction = "same") -> None:
+    def record(self, name: str, value: MetricValue, reduction: MetricReduction = "same") -> None:
         """Add a metric to this evaluation's record. Call it on every rank or on none."""
         self.recorder.record(name, value, reduction)
 
@@ -136,14 +158,40 @@ class Hook:
     """Writable slots this hook owns. Two owners of one slot are refused when the run is built."""
     needs_batch_losses: bool = False
     """True if `on_losses` must see every loss of the step before the first backward (to set weights)."""
+    weighs: Literal["rows", "documents"] = "rows"
+    """What one sample is to the owner of the weights."""
+    frozen_problem: str = "sets no weights"
+    """Why this hook cannot do with weights that are fixed before the step; empty if it can (see `frozen_weights`)."""
     version: int = 1
     """Version of `state_dict`; raise it when the layout changes."""
 
     def on_start(self, run: RunContext) -> None:
         """The model is built and nothing has run yet. Raise ConfigError here if the hook cannot do its work."""
 
+    def domain_factors(self) -> Tensor | None:
+        """Factor on the weights of each domain's samples in the coming step, [D], or None. For the slot's owner."""
+        return None
+
+    def token_weights(self, losses_bT: Tensor) -> Tensor:
+        """Weight of each token from its cross-entropy, [b, T]; called for the owner of "token_weights" alone.
+
+        It must be a function of the token's loss only, for it sees one micro-batch. The loop divides by the mean weight
+        over all target tokens of the step.
+        """
+        return torch.ones_like(losses_bT)
+
+    def frozen_weights(self, applied_steps: int) -> FrozenWeights | None:
+        """Weights up to a common factor as a function fixed now, before the step, or None if this step must be exact.
+
+        Asked of the owner of "weights" under train.accumulation=frozen.
+        """
+        return None
+
     def on_losses(self, step: StepContext) -> None:
-        """Every sample loss of the step is known. If `needs_batch_losses`, no backward has run yet."""
+        """Every sample loss of the step is known. If `needs_batch_losses`, no backward has run yet.
+
+        In a frozen step (`step.used_B` is set) all but one backward are over, and weights set here change nothing.
+        """
 
     def before_step(self, step: StepContext) -> None:
         """Gradients are complete; the optimizer has not moved."""
@@ -187,8 +235,42 @@ class HookList:
 
     @property
     def needs_batch_losses(self) -> bool:
-        """True if losses of the whole step must be known before its first backward. Owning the weights implies it."""
-        return any(hook.needs_batch_losses or "weights" in hook.owns for hook in self._hooks.values())
+        """True if losses of the whole step must be known before its first backward. Owning weights implies it."""
+        return any(hook.needs_batch_losses or hook.owns & {"weights", "token_weights"} for hook in self._hooks.values())
+
+    @property
+    def weighs_documents(self) -> bool:
+        """True if the owner of the weights weighs documents, not rows."""
+        owner = self._owner("weights")
+        return owner is not None and owner.weighs == "documents"
+
+    @property
+    def frozen_problem(self) -> str:
+        """Why these hooks cannot run under train.accumulation=frozen; empty if they can."""
+        owner = self._owner("weights")
+        if owner is None:
+            return "no hook sets weights"
+        if any(hook.needs_batch_losses and hook is not owner for hook in self._hooks.values()):
+            return "another hook needs all losses before the backward"
+        return owner.frozen_problem
+
+    def domain_factors(self) -> Tensor | None:
+        """What the owner of "domain_factors" has for the coming step, [D], or None."""
+        owner = self._owner("domain_factors")
+        return None if owner is None else owner.domain_factors()
+
+    def token_weights(self, losses_bT: Tensor) -> Tensor | None:
+        """What the owner of "token_weights" makes of a micro-batch's token losses, or None if there is no owner."""
+        owner = self._owner("token_weights")
+        return None if owner is None else owner.token_weights(losses_bT)
+
+    def frozen_weights(self, applied_steps: int) -> FrozenWeights | None:
+        """What the owner of "weights" fixes for the coming step, or None if the step must be exact."""
+        owner = self._owner("weights")
+        return None if owner is None else owner.frozen_weights(applied_steps)
+
+    def _owner(self, slot: str) -> Hook | None:
+        return next((hook for hook in self._hooks.values() if slot in hook.owns), None)
 
     def on_start(self, run: RunContext) -> None:
         for hook in self._hooks.values():

@@ -49,8 +49,10 @@ class TrainConfig:
     """Tokens a sample."""
     loss_normalization: Literal["samples", "tokens"] = "tokens"
     """What the loss averages over: every sample alike, or every target token alike."""
-    accumulation: Literal["auto", "deferred", "two_pass"] = "auto"
-    """How to see all losses before the backward: keep M graphs, or forward twice. auto: deferred if a hook needs it."""
+    accumulation: Literal["auto", "deferred", "two_pass", "frozen"] = "auto"
+    """How weights get to know all losses before the backward. `deferred`: keep every micro-batch's graph; `two_pass`:
+    forward twice; `auto`: keep as many graphs as measured memory allows, forward the others twice (and neither if no
+    hook needs losses); `frozen`: weigh by statistics of earlier steps, without waiting."""
     max_skipped_in_a_row: int = 10
     """Skipped steps in a row that end the run (exit 4)."""
     write_every: int = 1
@@ -73,9 +75,7 @@ class TrainConfig:
 
     def mode(self, *, needs_whole_step: bool) -> AccumulationMode:
         """How this run accumulates, given whether hooks or the model must see the whole step before a backward."""
-        if self.accumulation == "auto":
-            return "deferred" if needs_whole_step else "streaming"
-        return self.accumulation
+        return "streaming" if self.accumulation == "auto" and not needs_whole_step else self.accumulation
 
     def batch_problems(self, world_size: int) -> list[str]:
         """Why the global batch cannot be dealt to `world_size` ranks; empty if it can."""
@@ -136,6 +136,8 @@ class Trainer:
                 needs_whole_step=self.hooks.needs_batch_losses or getattr(self.engine.module, "needs_whole_step", False)
             ),
             normalization=self.config.loss_normalization,
+            num_micro_batches=self.config.global_batch_size // (self.config.micro_batch_size * ranks.world_size()),
+            samples_per_row=self.corpus.documents_per_row if self.hooks.weighs_documents else 1,
             device=self.run.device,
         )
 
@@ -195,8 +197,10 @@ class Trainer:
             grad_norm: Tensor | float = math.nan
         else:
             self.hooks.before_step(accumulated.context)
-            applied, grad_norm = self.engine.step(learning_rate)
+            applied, grad_norm = self.engine.step(learning_rate, accumulated.gradient_scale)
             result = StepResult(applied=applied, reason="" if applied else "gradient is not finite")
+            if applied:
+                self._accumulator.budget.settle()
         self.hooks.after_step(accumulated.context, result)
 
         state.step += 1

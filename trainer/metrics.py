@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer import ranks
 from trainer.errors import ConfigError, StorageError
-from trainer.hooks import MetricReduction
+from trainer.hooks import MetricReduction, MetricValue
 
 Row = dict[str, Any]
 
@@ -29,10 +29,10 @@ class MetricBuffer:
     """Collects the values of a step under their names, and finished steps until they are flushed."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[Tensor | float, MetricReduction]] = {}
-        self._closed: list[dict[str, Tensor | float]] = []
+        self._open: dict[str, tuple[MetricValue, MetricReduction]] = {}
+        self._closed: list[dict[str, MetricValue]] = []
 
-    def record(self, name: str, value: Tensor | float, reduction: MetricReduction = "same") -> None:
+    def record(self, name: str, value: MetricValue, reduction: MetricReduction = "same") -> None:
         """Add one value, or a vector of them, to the open row.
 
         `reduction` says how ranks that hold different values become one number; a vector must be the same on all.
@@ -65,7 +65,7 @@ class MetricBuffer:
         host: list[float] = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist() if tensors else []
         values = iter(host)
 
-        def on_host(value: Tensor | float) -> Any:
+        def on_host(value: MetricValue) -> Any:
             if not isinstance(value, Tensor):
                 return value
             kind = float if value.is_floating_point() else int
@@ -137,6 +137,8 @@ def rows_with(rows: Sequence[Row], key: str) -> list[Row]:
 def _json_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

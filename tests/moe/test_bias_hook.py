@@ -38,16 +38,16 @@ def started(rule: str = "sign", clamp: float = 0.0, **changes: Any) -> tuple[Exp
 
 def run_of(model: nn.Module) -> RunContext:
     return RunContext(
-        model=model, total_steps=9, global_batch_size=4, domain_names=("a",), run_dir=Path(), seed=0,
-        device=torch.device("cpu"),
+        model=model, total_steps=9, global_batch_size=4, domain_names=("a",), domain_shares=(1.0,), run_dir=Path(),
+        seed=0, device=torch.device("cpu"),
     )  # fmt: skip
 
 
 def step_of(records: Records) -> StepContext:
     zeros = torch.zeros(4, dtype=torch.int64)
     return StepContext(
-        step=1, applied_steps=0, sample_ids_B=zeros, domains_B=zeros, tokens_B=zeros, losses_B=zeros.float(),
-        recorder=records,
+        step=1, applied_steps=0, sample_ids_B=zeros, parts_B=zeros, domains_B=zeros, tokens_B=zeros,
+        losses_B=zeros.float(), own_S=zeros, recorder=records,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.accumulate import loss_coefficients, sample_losses
+from trainer.objective import SampleSplit, loss_coefficients
 
 
 def test_known_coefficients() -> None:
@@ -17,6 +17,12 @@ def test_known_coefficients() -> None:
     assert loss_coefficients(tokens_B, weights_B, "tokens").tolist() == pytest.approx(
         [5 / 27.5, 7.5 / 27.5, 0, 15 / 27.5]
     )
+
+
+def test_domain_factors_join_the_weights() -> None:
+    tokens_B, factors_B = torch.tensor([10, 30, 0, 60]), torch.tensor([2.0, 1.0, 5.0, 0.0])
+    assert loss_coefficients(tokens_B, None, "samples", factors_B).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert loss_coefficients(tokens_B, None, "tokens", factors_B).tolist() == pytest.approx([0.4, 0.6, 0, 0])
 
 
 @given(tokens=st.lists(st.integers(0, 10_000), min_size=1, max_size=50), by=st.sampled_from(["samples", "tokens"]))
@@ -31,6 +37,7 @@ def test_token_normalisation_is_the_mean_over_all_tokens() -> None:
     kept_BT = torch.rand(4, 6) < 0.5
     kept_BT[2] = False
     losses_BT = losses_BT * kept_BT
-    tokens_B = kept_BT.sum(1)
-    objective = (loss_coefficients(tokens_B, None, "tokens") * sample_losses(losses_BT, tokens_B)).sum()
+    split = SampleSplit(kept_BT, None, 1)
+    means_B = split.sums(losses_BT) / split.tokens().clamp(min=1)
+    objective = (loss_coefficients(split.tokens(), None, "tokens") * means_B).sum()
     assert objective.item() == pytest.approx(losses_BT[kept_BT].mean().item(), rel=1e-6)

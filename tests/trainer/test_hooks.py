@@ -13,7 +13,15 @@ from trainer.registry import find_hook, hook_names
 def step_of() -> StepContext:
     ids = torch.arange(4)
     return StepContext(
-        step=1, applied_steps=0, sample_ids_B=ids, domains_B=ids, tokens_B=ids, losses_B=ids.float(), recorder=Records()
+        step=1,
+        applied_steps=0,
+        sample_ids_B=ids,
+        parts_B=ids * 0,
+        domains_B=ids,
+        tokens_B=ids,
+        losses_B=ids.float(),
+        own_S=ids,
+        recorder=Records(),
     )
 
 

@@ -71,6 +71,11 @@ class TokenCorpus:
             _check_file(folder / name, expected, verify=verify)
         return cls(folder, manifest, sequence_length=sequence_length, seed=seed, weights=config.weights)
 
+    @property
+    def domain_shares(self) -> tuple[float, ...]:
+        """Share of the training rows that each domain provides."""
+        return tuple(float(quota) for quota in self._quotas_D / self._quotas_D.sum())
+
     def train_batch(self, samples_S: NDArray[np.int64]) -> Rows:
         """The training samples with these numbers."""
         domains_S, rows_S = locate(samples_S, quotas_D=self._quotas_D, rows_D=self._rows_D, seed=self._seed)

@@ -1,0 +1,61 @@
+"""The optimizer step as every rank sees it: one all-gather of a few numbers a sample.
+
+Shape letters: B samples of the step, S samples of this rank, C columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer import ranks
+from trainer.data.loader import MicroBatch
+from trainer.objective import SampleSplit
+
+
+class GlobalBatch(NamedTuple):
+    """All samples of the step, sorted by row number and by place within the row, the same on every rank."""
+
+    sample_ids_B: Tensor
+    parts_B: Tensor
+    domains_B: Tensor
+    tokens_B: Tensor
+    stop: Tensor  # bool scalar: some rank was asked to stop
+    values: dict[str, Tensor]  # float64 [B] each
+
+    @property
+    def losses_B(self) -> Tensor:
+        """Mean cross-entropy, float32; 0 where there are no target tokens."""
+        return self.values["losses"].float()
+
+
+def gather_step(
+    batches: Sequence[MicroBatch],
+    splits: Sequence[SampleSplit],
+    tokens: Sequence[Tensor],
+    values: Mapping[str, Sequence[Tensor]],
+    *,
+    stop: bool,
+) -> GlobalBatch:
+    """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
+
+    float64 holds ids up to 2^53 and float32 losses exactly, so one tensor and one collective carry all.
+    """
+    ids_S = torch.cat([split.spread(batch.sample_ids_b) for batch, split in zip(batches, splits, strict=True)])
+    domains_S = torch.cat([split.spread(batch.domains_b) for batch, split in zip(batches, splits, strict=True)])
+    per_row = splits[0].samples_per_row
+    parts_S = torch.arange(per_row, device=ids_S.device).repeat(len(ids_S) // per_row)
+    columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, stop)]
+    columns += [torch.cat(list(parts)).detach() for parts in values.values()]
+    rows_BC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1)).flatten(0, 1)
+    rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
+    ids_B, parts_B, domains_B, tokens_B, stop_B, *rest = rows_BC.unbind(dim=1)
+    return GlobalBatch(
+        ids_B.long(),
+        parts_B.long(),
+        domains_B.long(),
+        tokens_B.long(),
+        stop_B.any(),
+        dict(zip(values, rest, strict=True)),
+    )
