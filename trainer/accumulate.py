@@ -170,7 +170,7 @@ class Accumulator:
         return done
 
     def _forward(self, batch: MicroBatch, tokens_b: Tensor) -> Forwarded:
-        output = self._engine.forward(batch.tokens_bT, batch.labels_bT)
+        output = self._engine.forward(batch.tokens_bT, batch.labels_bT, batch.documents_bT)
         if isinstance(output, Tensor):
             return Forwarded(sample_losses(output, tokens_b), None, None)
         token_losses_bT, features_bX, statistics_Y = output
