@@ -51,6 +51,10 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
         found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        if self.data.packing == "best_fit" and not self.model.document_mask:
+            found.append(
+                "data.packing: best_fit puts unrelated documents side by side; set model.document_mask to true with it"
+            )
         shares = self.engine.expert_parallel_size
         if shares > 1 and self.model.num_moe_layers > 0 and self.model.num_experts % shares:
             found.append(

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from configs.loader import load_run_config
 from launch._cli import run_command
+from launch._corpus import open_corpus
 from moe.balance_metrics import max_violation
 from moe.model import MoEDecoder
 from trainer import ranks
 from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
-from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
 from trainer.evaluate import EvaluationConfig, evaluate
 from trainer.process_group import start_process_group, stop_process_group
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     config = load_run_config(arguments.run / "config.yaml", world_size=ranks.world_size())
-    corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+    corpus = open_corpus(config)
     start_process_group(config.engine.collective_timeout_s)
     folder = newest_intact(arguments.run / "checkpoints")
     if folder is None:

@@ -19,6 +19,7 @@ from configs.loader import load_run_config, to_dict
 from configs.schema import RunConfig
 from configs.typed import leaf_key, leaves_of
 from launch._cli import run_command
+from launch._corpus import open_corpus
 from launch._run_folder import RunFolder, RunReport, print_summary
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     config = load_run_config(arguments.config, arguments.overrides, world_size=ranks.world_size())
-    corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+    corpus = open_corpus(config)
     run_dir = Path(config.folder)
     start_process_group(config.engine.collective_timeout_s)
     with RunFolder(run_dir, config):
@@ -151,6 +152,7 @@ def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
     world_size = ranks.world_size() if config.engine.zero_stage else "any"
     return identity | {
         "data.fingerprint": corpus.fingerprint,
+        "data.packing": config.data.packing,
         "data.weights": dict(config.data.weights),
         "ranks": world_size,
     }

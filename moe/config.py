@@ -84,6 +84,8 @@ class ModelConfig:
     """Deal tokens to experts in turn whatever their scores, for benchmarks."""
     aux_loss: AuxLossConfig = field(default_factory=AuxLossConfig)
 
+    document_mask: bool = False
+    """Keep documents apart: attention, positions and every target stay inside one; off, a row is one text."""
     qk_norm: bool = False
     """RMSNorm on each query and key head."""
     attention_bias: bool = False

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.documents import Layout, attend
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +33,10 @@ def rotary_table(length: int, size: int, theta: float, device: torch.device | No
 
 
 def rotate(x_BATd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
-    """Turn the first 2h elements of each head, in the half-split pairing; the rest passes unchanged."""
+    """Turn the first 2h elements of each head, in the half-split pairing; the rest passes unchanged.
+
+    The angles may also be [B, 1, T, h], where samples differ in their positions.
+    """
     half = cos_Th.shape[-1]
     first, second, rest = x_BATd[..., :half], x_BATd[..., half : 2 * half], x_BATd[..., 2 * half :]
     cos, sin = cos_Th.to(x_BATd.dtype), sin_Th.to(x_BATd.dtype)
@@ -40,7 +44,7 @@ def rotate(x_BATd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention through scaled_dot_product_attention."""
+    """Causal grouped-query attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
         batch, length, _ = x_BTD.shape
 
         def split(projected: Tensor, heads: int) -> Tensor:
@@ -63,12 +67,11 @@ class Attention(nn.Module):
         query_BATd = self.query_norm(split(self.query(x_BTD), self._heads)).transpose(1, 2)
         key_BGTd = self.key_norm(split(self.key(x_BTD), self._kv_heads)).transpose(1, 2)
         value_BGTd = split(self.value(x_BTD), self._kv_heads).transpose(1, 2)
-        mixed_BATd = F.scaled_dot_product_attention(
-            rotate(query_BATd, cos_Th, sin_Th),
-            rotate(key_BGTd, cos_Th, sin_Th),
+        mixed_BATd = attend(
+            rotate(query_BATd, layout.cos, layout.sin),
+            rotate(key_BGTd, layout.cos, layout.sin),
             value_BGTd,
-            is_causal=True,
-            enable_gqa=self._kv_heads != self._heads,
+            layout.mask,
         )
         mixed: Tensor = self.output(mixed_BATd.transpose(1, 2).reshape(batch, length, -1))
         return mixed

@@ -5,7 +5,8 @@ Decisions:
   with which weights, is the loop's business.
 - Expert loads are values that blocks return, added up outside the recomputed regions. Recomputation therefore
   cannot count twice. Training loads are taken only when gradients are on, so that a scoring pass counts nothing.
-- Padding (label -100) is routed like any token but not counted.
+- A token without a target (label -100: padding, and the last of a document where documents are kept apart) is routed
+  like any other but not counted.
 - Auxiliary losses leave the model as a linear form, features of each sample and coefficients that may depend on the
   loads of the whole step: so a loss over the global batch is exact although no micro-batch ever sees that batch.
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.aux_losses import mean_probabilities, sequence_loss, switch_loss, z_loss
 from moe.config import LOSS_CHUNK, ModelConfig
+from moe.documents import Layout, document_layout
 from moe.experts import Experts
 from moe.layers import Attention, FeedForward, RMSNorm, rotary_table
 from moe.router import THRESHOLD_BINS, Router, Routing, RoutingStats
@@ -106,11 +108,9 @@ class Block(nn.Module):
         )
         self._dropout = config.dropout
 
-    def forward(
-        self, x_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BTD: Tensor, layout: Layout, counted_BT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, T, D] and the MoE layer's report, or None for a dense block."""
-        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos_Th, sin_Th)
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), layout)
         x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
         normed_BTD = self.mlp_norm(x_BTD)
         report = None
@@ -138,11 +138,11 @@ class NextTokenBlock(nn.Module):
         self.final_norm = RMSNorm(width, config.norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, next_BTD: Tensor, cos_Th: Tensor, sin_Th: Tensor, counted_BT: Tensor
+        self, hidden_BTD: Tensor, next_BTD: Tensor, layout: Layout, counted_BT: Tensor
     ) -> tuple[Tensor, LayerReport]:
         """Hidden states to predict token t+2 from, [B, T, D], and the MoE layer's report."""
         merged_BTD = self.merge(torch.cat([self.hidden_norm(hidden_BTD), self.embedding_norm(next_BTD)], dim=-1))
-        out_BTD, report = self.block(merged_BTD, cos_Th, sin_Th, counted_BT)
+        out_BTD, report = self.block(merged_BTD, layout, counted_BT)
         return self.final_norm(out_BTD), report
 
 
@@ -180,13 +180,18 @@ class MoEDecoder(nn.Module):
         """True if the auxiliary losses need the loads of the whole step before any backward."""
         return bool(self.config.aux_loss.global_batch)
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits [B, T, V]; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100.
 
+        `documents_BT`: number of the document each token belongs to, -1 for padding. With `document_mask` attention and
+        positions stay inside a document; without documents a row is one.
         In training with auxiliary losses: also their features [B, X] and statistics [Y]. The term to add to the loss is
         the mean over the global batch of features @ penalty_coefficients(statistics summed over the step).
         """
-        x_BTD, reports = self._hidden(tokens_BT, labels_BT)
+        layout, counted_BT = self._layout(tokens_BT, labels_BT, documents_BT)
+        x_BTD, reports = self._hidden(tokens_BT, layout, counted_BT)
         hidden_BTD = self.final_norm(x_BTD)
         if labels_BT is None:
             self._add_stats([report.stats for report in reports])
@@ -195,7 +200,8 @@ class MoEDecoder(nn.Module):
         losses_BT = self._token_losses(hidden_BTD, labels_BT)
         penalties = []
         if self.next_token is not None and self.training:
-            next_losses_B, report = self._next_token_losses(x_BTD, labels_BT)
+            targets_BT = self._targets_after_next(labels_BT, documents_BT)
+            next_losses_B, report = self._next_token_losses(x_BTD, labels_BT, targets_BT, layout, counted_BT)
             penalties.append(self.config.mtp_weight * next_losses_B)
             reports.append(report)
         self._add_stats([report.stats for report in reports])
@@ -242,36 +248,47 @@ class MoEDecoder(nn.Module):
         """The counts of `take_loads`, int64 [E] for each layer."""
         return [stats.counts_E for stats in self.take_loads(kind)]
 
-    def _hidden(self, tokens_BT: Tensor, labels_BT: Tensor | None) -> tuple[Tensor, list[LayerReport]]:
+    def _layout(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None, documents_BT: Tensor | None
+    ) -> tuple[Layout, Tensor]:
+        """Places of the tokens, and which of them are counted, bool [B, T]."""
+        config = self.config
+        cos_Th, sin_Th = rotary_table(tokens_BT.shape[1], config.rotary_size, config.rope_theta, tokens_BT.device)
+        layout = document_layout(cos_Th, sin_Th, documents_BT if config.document_mask else None)
+        return layout, torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
+
+    def _hidden(self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor) -> tuple[Tensor, list[LayerReport]]:
         config = self.config
         x_BTD = self.embedding(tokens_BT)
-        cos_Th, sin_Th = rotary_table(tokens_BT.shape[1], config.rotary_size, config.rope_theta, tokens_BT.device)
-        counted_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
         recompute = config.activation_recompute == "block" and self.training and torch.is_grad_enabled()
         reports: list[LayerReport] = []
         for block in self.blocks:
             if recompute:
-                x_BTD, report = checkpoint(block, x_BTD, cos_Th, sin_Th, counted_BT, use_reentrant=False)
+                x_BTD, report = checkpoint(block, x_BTD, layout, counted_BT, use_reentrant=False)
             else:
-                x_BTD, report = block(x_BTD, cos_Th, sin_Th, counted_BT)
+                x_BTD, report = block(x_BTD, layout, counted_BT)
             if report is not None:
                 reports.append(report)
         return x_BTD, reports
 
-    def _next_token_losses(self, x_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, LayerReport]:
+    def _targets_after_next(self, labels_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """The token after the next, int64 [B, T]; -100 where there is none, or where a document must not see it."""
+        targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+        if documents_BT is None or not self.config.document_mask:
+            return targets_BT
+        follows_BT = F.pad(documents_BT[:, 1:] == documents_BT[:, :-1], (0, 1), value=False)
+        return targets_BT.where(follows_BT, IGNORED_LABEL)
+
+    def _next_token_losses(
+        self, x_BTD: Tensor, labels_BT: Tensor, targets_BT: Tensor, layout: Layout, counted_BT: Tensor
+    ) -> tuple[Tensor, LayerReport]:
         """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report."""
         assert self.next_token is not None
-        config = self.config
-        targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
-        counted_BT = labels_BT != IGNORED_LABEL  # the same tokens as in every other layer
-        cos_Th, sin_Th = rotary_table(labels_BT.shape[1], config.rotary_size, config.rope_theta, labels_BT.device)
         next_BTD = self.embedding(labels_BT.clamp(min=0))
-        if config.activation_recompute == "block" and torch.is_grad_enabled():
-            hidden_BTD, report = checkpoint(
-                self.next_token, x_BTD, next_BTD, cos_Th, sin_Th, counted_BT, use_reentrant=False
-            )
+        if self.config.activation_recompute == "block" and torch.is_grad_enabled():
+            hidden_BTD, report = checkpoint(self.next_token, x_BTD, next_BTD, layout, counted_BT, use_reentrant=False)
         else:
-            hidden_BTD, report = self.next_token(x_BTD, next_BTD, cos_Th, sin_Th, counted_BT)
+            hidden_BTD, report = self.next_token(x_BTD, next_BTD, layout, counted_BT)
         num_targets_B = (targets_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
         return self._token_losses(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
 

@@ -218,7 +218,7 @@ class _StepRun:
     def _forward(self, m: int) -> Forwarded:
         """Forward one micro-batch; what the gather needs is noted the first time."""
         batch, split, tokens_s = self._batches[m], self._splits[m], self._tokens[m]
-        output = self._engine.forward(batch.tokens_bT, batch.labels_bT)
+        output = self._engine.forward(batch.tokens_bT, batch.labels_bT, batch.documents_bT)
         token_losses_bT, features_bX, statistics_Y = (output, None, None) if isinstance(output, Tensor) else output
         token_losses_bT = token_losses_bT.float()
         count_s = tokens_s.clamp(min=1)

@@ -168,9 +168,11 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor, documents_BT: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of every target token, float32 [B, T], and what else the model returns in training."""
-        output: Tensor | tuple[Tensor, Tensor, Tensor] = self._engine(tokens_BT, labels_BT)
+        output: Tensor | tuple[Tensor, Tensor, Tensor] = self._engine(tokens_BT, labels_BT, documents_BT)
         return output
 
     def backward(self, objective: Tensor, *, last: bool) -> None:

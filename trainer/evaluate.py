@@ -75,7 +75,7 @@ def evaluate(
                     start = min(first + ranks.rank() * batch_size, num_rows)
                     rows = corpus.heldout_batch(domain, start, min(start + batch_size, num_rows), at_least=1)
                     labels_BT = rows.labels_ST.to(device)
-                    losses_BT = model(rows.tokens_ST.to(device), labels_BT)
+                    losses_BT = model(rows.tokens_ST.to(device), labels_BT, rows.documents_ST.to(device))
                     sums_2D[0, domain] += losses_BT.double().sum()
                     sums_2D[1, domain] += (labels_BT >= 0).sum()
     finally:

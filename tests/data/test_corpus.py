@@ -24,7 +24,7 @@ LENGTH = 32
 
 
 def open_corpus(config: DataConfig, **arguments: object) -> TokenCorpus:
-    return TokenCorpus.open(config, **({"sequence_length": LENGTH, "seed": 5} | arguments))  # type: ignore[arg-type]
+    return TokenCorpus.open(config, **({"sequence_length": LENGTH, "seed": 5, "mask_documents": False} | arguments))  # type: ignore[arg-type]
 
 
 def test_prepared_tokens_decode_to_the_documents(data_config: DataConfig) -> None:
@@ -32,7 +32,7 @@ def test_prepared_tokens_decode_to_the_documents(data_config: DataConfig) -> Non
     corpus = open_corpus(data_config)
     documents = list(read_documents(data_config))
     for index, domain in enumerate(corpus.domain_names):
-        for split, stream in (("train", corpus._train[index]), ("heldout", corpus._heldout[index])):
+        for split, stream in (("train", corpus._train[index].tokens), ("heldout", corpus._heldout[index].tokens)):
             expected = [
                 d.text
                 for d in dict.fromkeys(documents)
@@ -50,7 +50,7 @@ def test_rows_are_consecutive_windows_with_shifted_labels(data_config: DataConfi
     for tokens, label, domain in zip(
         rows.tokens_ST.tolist(), rows.labels_ST[:, -1].tolist(), rows.domains_S, strict=True
     ):
-        stream = corpus._train[int(domain)].tolist()
+        stream = corpus._train[int(domain)].tokens.tolist()
         starts = [s for s in range(0, len(stream) - LENGTH, LENGTH) if stream[s : s + LENGTH] == tokens]
         assert any(stream[s + LENGTH] == label for s in starts)
 
@@ -60,7 +60,7 @@ def test_every_heldout_token_counts_once(data_config: DataConfig) -> None:
     for domain in range(len(corpus.domain_names)):
         rows = corpus.heldout_batch(domain, 0, corpus.heldout_rows(domain))
         targets = rows.labels_ST[rows.labels_ST != -100]
-        assert targets.tolist() == corpus._heldout[domain][1:].tolist()
+        assert targets.tolist() == corpus._heldout[domain].tokens[1:].tolist()
         assert corpus.heldout_rows(domain) > 0
 
 

@@ -79,14 +79,16 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         batch = corpus.train_batch(ids.numpy())
         penalty = torch.zeros(())
         if config.model.has_mtp:  # the block itself is compared with its definition in tests/moe
-            token_losses, features, _ = model(batch.tokens_ST, batch.labels_ST)
+            token_losses, features, _ = model(batch.tokens_ST, batch.labels_ST, batch.documents_ST)
             penalty = features.mean()
         else:
-            logits = model(batch.tokens_ST)
+            logits = model(batch.tokens_ST, None, batch.documents_ST)
             token_losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_ST, reduction="none")
-        sample_losses = token_losses.mean(dim=1)
+        targets = (batch.labels_ST != -100).sum(dim=1)
+        sample_losses = token_losses.sum(dim=1) / targets
         r = reweight["warmup_value"] if step < reweight["warmup_steps"] else reweight["value"]
-        weights = linupper_weights(sample_losses.detach(), r)
+        weights = linupper_weights(sample_losses.detach(), r) * targets
+        weights = weights / weights.sum()
         optimizer.zero_grad()
         loads = model.take_loads("train")
         if config.model.aux_loss.any:
@@ -94,7 +96,7 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         ((weights * sample_losses).sum() + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        losses.append(sample_losses.mean().item())
+        losses.append((token_losses.sum() / targets.sum()).item())
         for layer, stats, state in zip(model.moe_layers(), loads, states, strict=True):
             router = layer.router
             low, high = router.threshold_range()

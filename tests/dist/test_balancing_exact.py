@@ -7,11 +7,11 @@ import safetensors.torch
 import torch
 
 from configs.loader import load_run_config
+from launch._corpus import open_corpus
 from moe.rules import RULES
 from tests.dist.reference import train_reference
 from tests.harness import losses, rows, run_trainings, tiny_config
 from trainer.data.config import DataConfig
-from trainer.data.corpus import TokenCorpus
 
 RATES = {"decay_linear": 0.05, "decay_sqrt": 0.05, "pid": 0.002}
 
@@ -25,6 +25,8 @@ METHODS: dict[str, list[str]] = {
         "model.aux_loss={sequence: 0.05, global_batch: 0.05, z: 0.01}", "hooks.expert_bias.rule=centered_sign",
     ],
     "multi-token prediction": ["model.mtp_weight=0.3", "hooks.expert_bias.rule=rms"],
+    "documents apart in a stream": ["model.document_mask=true"],
+    "documents packed whole": ["model={document_mask: true, mtp_weight: 0.3}", "data.packing=best_fit"],
     "softmax router with groups": ["model={router_score: softmax, num_groups: 4, top_groups: 2}"],
 }  # fmt: skip
 
@@ -90,7 +92,7 @@ def references(base: Path) -> dict[str, Reference]:
     found: dict[str, Reference] = {}
     for method, overrides in METHODS.items():
         config = load_run_config(base, overrides)
-        corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+        corpus = open_corpus(config)
         reference_losses, model = train_reference(config, corpus)
         found[method] = (reference_losses, [layer.router.expert_bias_E for layer in model.moe_layers()])
     return found

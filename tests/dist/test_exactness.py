@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from configs.loader import load_run_config
+from launch._corpus import open_corpus
 from tests.dist.reference import train_reference
 from tests.harness import losses, rows, run_trainings, tiny_config
 from trainer.data.config import DataConfig
-from trainer.data.corpus import TokenCorpus
 
 # name -> (ranks, overrides). Eight samples a step, always the same eight.
 CUTS: dict[str, tuple[int, list[str]]] = {
@@ -84,7 +84,7 @@ def run_of(config_path: Path) -> RunDirs:
 @pytest.fixture(scope="module")
 def reference(config_path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     config = load_run_config(config_path)
-    corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+    corpus = open_corpus(config)
     reference_losses, model = train_reference(config, corpus)
     return reference_losses, model.state_dict()
 

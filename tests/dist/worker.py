@@ -5,17 +5,17 @@ import sys
 from pathlib import Path
 
 from configs.loader import load_run_config
+from launch._corpus import open_corpus
 from launch._run_folder import RunFolder
 from launch.train import train
 from trainer import ranks
-from trainer.data.corpus import TokenCorpus
 from trainer.process_group import start_process_group, stop_process_group
 
 if __name__ == "__main__":
     start_process_group(60)
     for path, overrides in json.loads(sys.argv[1]):
         config = load_run_config(path, overrides, world_size=ranks.world_size())
-        corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+        corpus = open_corpus(config)
         with RunFolder(Path(config.folder), config):
             train(config, corpus, Path(config.folder))
     stop_process_group()

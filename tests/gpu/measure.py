@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from configs.loader import load_run_config
+from launch._corpus import open_corpus
 from launch._run_folder import RunFolder
 from launch.train import train
 from tests.harness import rows
 from trainer import ranks
-from trainer.data.corpus import TokenCorpus
 from trainer.process_group import start_process_group, stop_process_group
 
 STEPS = 60
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         "evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "train.write_every=10",
     ]  # fmt: skip
     config = load_run_config(sys.argv[1], overrides, world_size=ranks.world_size())
-    corpus = TokenCorpus.open(config.data, sequence_length=config.train.sequence_length, seed=config.seed)
+    corpus = open_corpus(config)
     start_process_group(60)
     with warnings.catch_warnings(record=True) as caught, RunFolder(Path(config.folder), config):
         warnings.simplefilter("always")

@@ -36,13 +36,33 @@ def test_model_agrees_with_the_cpu_and_counts_the_same() -> None:
         assert (counts - cuda_counts.cpu()).abs().sum() <= 4, "a near tie may fall the other way"
 
 
-def test_forward_and_backward_do_not_wait_for_the_device() -> None:
-    model = small_model().cuda().bfloat16()
-    tokens_BT, labels_BT = (tensor.cuda() for tensor in tokens_and_labels())
-    model(tokens_BT, labels_BT).mean().backward()  # first calls may initialise libraries
+def test_documents_are_kept_apart_as_on_the_cpu() -> None:
+    """Compiled flex_attention with a block mask against the exact masked product, forward and backward."""
+    tokens_BT, labels_BT = tokens_and_labels(length=300)
+    documents_BT = (torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(2)) < 0.05).cumsum(dim=1)
+    # One expert for all: a near tie in the router would send a token elsewhere.
+    shape = {"document_mask": True, "head_dim": 16, "num_experts": 1, "top_k": 1}
+    cpu, cuda = small_model(**shape), small_model(**shape).cuda()
+    expected = cpu(tokens_BT, labels_BT, documents_BT)
+    found = cuda(tokens_BT.cuda(), labels_BT.cuda(), documents_BT.cuda())
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+    expected.mean().backward()
+    found.mean().backward()
+    for ours, theirs in zip(cuda.parameters(), cpu.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert (ours.grad.cpu() - theirs.grad).norm() <= 1e-2 * theirs.grad.norm() + 1e-7
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_and_backward_do_not_wait_for_the_device(masked: bool) -> None:
+    model = small_model(document_mask=masked, head_dim=16).cuda().bfloat16()
+    tokens_BT, labels_BT = (tensor.cuda() for tensor in tokens_and_labels(length=256))
+    documents_BT = torch.arange(256, device="cuda").expand(3, -1) // 50
+    model(tokens_BT, labels_BT, documents_BT).mean().backward()  # first calls may initialise libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(tokens_BT, labels_BT).mean().backward()
+        model(tokens_BT, labels_BT, documents_BT).mean().backward()
         model.take_counts("train")
     finally:
         torch.cuda.set_sync_debug_mode("default")

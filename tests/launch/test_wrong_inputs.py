@@ -55,6 +55,8 @@ BAD_VALUES = {
     "train.sequence_length=10000000": "no domain has 10000001 training tokens",
     "checkpoint.keep=0": "keep: 0 would delete the only checkpoint",
     "data.vocab_size=400": "was prepared with 320, not 400",
+    "data.packing=best_fit": "set model.document_mask to true",
+    "data.packing=worst_fit": "data.packing",
     "wandb.mode=loud": "wandb.mode",
 }  # fmt: skip
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from moe.arithmetic import count_parameters, flops_per_token
 from moe.config import ModelConfig
+from moe.documents import Layout
 from moe.grouped import experts_forward
+from moe.layers import rotary_table
 from moe.model import LOSS_CHUNK, MoEDecoder
 
 SMALL = ModelConfig(
@@ -205,17 +207,15 @@ def test_multi_token_prediction_predicts_the_token_after_the_next() -> None:
     assert len(model.moe_layers()) == 3
     assert statistics_Y.split(4)[2].sum() == (labels_BT != -100).sum() * SMALL.top_k
 
-    x_BTD, _ = model._hidden(tokens_BT, labels_BT)
+    x_BTD, _ = model._hidden(tokens_BT, *model._layout(tokens_BT, labels_BT, None))
     expected = []
     for row in range(2):
         labels = labels_BT[row][labels_BT[row] != -100]
         length = len(labels)
         next_D = model.embedding(labels)
-        from moe.layers import rotary_table
-
-        cos, sin = rotary_table(length, SMALL.head_size, SMALL.rope_theta)
+        layout = Layout(*rotary_table(length, SMALL.head_size, SMALL.rope_theta), mask=None)
         hidden, _ = model.next_token(
-            x_BTD[row : row + 1, :length], next_D.unsqueeze(0), cos, sin, torch.ones(1, length, dtype=torch.bool)
+            x_BTD[row : row + 1, :length], next_D.unsqueeze(0), layout, torch.ones(1, length, dtype=torch.bool)
         )
         expected.append(0.5 * F.cross_entropy(model.head(hidden)[0, :-1], labels[1:]))
     torch.testing.assert_close(features_BX.flatten(), torch.stack(expected))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class DataConfig:
 
     weights: dict[str, float] = field(default_factory=dict)
     """Share of training samples drawn from each domain; empty draws in proportion to the domains' tokens."""
+    packing: Literal["split", "best_fit"] = "split"
+    """How documents share rows: one stream cut into windows, or whole documents, as many as fit (with padding)."""
     num_workers: int = 0
     """Processes that read ahead; 0 reads in the training process."""
 

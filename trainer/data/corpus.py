@@ -1,15 +1,16 @@
 """A prepared corpus, opened for training and evaluation.
 
-A domain's documents lie end to end in one stream of tokens. Row j of a domain is tokens [jT, jT + T] of its stream:
-T inputs and, shifted by one, T targets. Training rows are full; the last held-out row is padded, so that every
-held-out token counts.
+A domain's documents lie end to end in one stream of tokens. A row takes T of them as inputs (trainer/data/packing.py
+says which) and, shifted by one, as targets; every token is told which document it is from. With document masks no
+target is asked for across a border. Held-out rows are packed like training rows, but none is left out at the end, so
+that every held-out target counts.
 
 Shape letters: S samples, T sequence, D domains.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.config import DataConfig
-from trainer.data.indexed import open_tokens
+from trainer.data.indexed import IndexedTokens
 from trainer.data.order import block_quotas, locate
+from trainer.data.packing import Packing, SplitPacking, pack_best_fit
 from trainer.data.prepare import Manifest, hash_file, preparation_settings, read_manifest, shard_prefix
 from trainer.errors import CheckpointError, ConfigError
 
 IGNORED_LABEL = -100
+PADDING_DOCUMENT = -1
 
 
 class Rows(NamedTuple):
@@ -31,27 +34,50 @@ class Rows(NamedTuple):
     tokens_ST: Tensor  # int64
     labels_ST: Tensor  # int64, the next token; -100 where there is none
     domains_S: Tensor  # int64
+    documents_ST: Tensor  # int64, number of the document in its domain's shard of the split; -1 at padding
 
 
 class TokenCorpus:
     """All domains of one corpus, cut into rows of one length, blended by weight."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, sequence_length: int, seed: int, weights: Mapping[str, float]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        sequence_length: int,
+        seed: int,
+        weights: Mapping[str, float],
+        packing: Literal["split", "best_fit"],
+        mask_documents: bool,
     ) -> None:
+        assert mask_documents or packing == "split"
         self._length = sequence_length
         self._seed = seed
+        self._mask_documents = mask_documents
         self.fingerprint: str = manifest["fingerprint"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.domain_names: tuple[str, ...] = tuple(manifest["domains"])
-        self._train = [open_tokens(shard_prefix(folder, name, "train")) for name in self.domain_names]
-        self._heldout = [open_tokens(shard_prefix(folder, name, "heldout")) for name in self.domain_names]
-        self._rows_D = np.array([max(0, len(tokens) - 1) // sequence_length for tokens in self._train], dtype=np.int64)
+        self._train = [IndexedTokens(shard_prefix(folder, name, "train")) for name in self.domain_names]
+        self._heldout = [IndexedTokens(shard_prefix(folder, name, "heldout")) for name in self.domain_names]
+        self._train_rows = [_pack(shard, packing, sequence_length, partial=False) for shard in self._train]
+        self._heldout_rows = [_pack(shard, packing, sequence_length, partial=True) for shard in self._heldout]
+        self._rows_D = np.array([rows.num_rows for rows in self._train_rows], dtype=np.int64)
         self._quotas_D = block_quotas(self._blend(weights))
 
     @classmethod
-    def open(cls, config: DataConfig, *, sequence_length: int, seed: int, verify: bool = False) -> "TokenCorpus":
+    def open(
+        cls,
+        config: DataConfig,
+        *,
+        sequence_length: int,
+        seed: int,
+        mask_documents: bool,
+        verify: bool = False,
+    ) -> "TokenCorpus":
         """Open what `launch.prepare` wrote. `verify` reads every byte; sizes are always checked.
+
+        `mask_documents`: ask for no target across documents, as `model.document_mask` says.
 
         Raises ConfigError if the corpus is not prepared or was prepared otherwise, CheckpointError if files changed.
         """
@@ -69,7 +95,15 @@ class TokenCorpus:
                 )
         for name, expected in manifest["files"].items():
             _check_file(folder / name, expected, verify=verify)
-        return cls(folder, manifest, sequence_length=sequence_length, seed=seed, weights=config.weights)
+        return cls(
+            folder,
+            manifest,
+            sequence_length=sequence_length,
+            seed=seed,
+            weights=config.weights,
+            packing=config.packing,
+            mask_documents=mask_documents,
+        )
 
     @property
     def domain_shares(self) -> tuple[float, ...]:
@@ -79,33 +113,47 @@ class TokenCorpus:
     def train_batch(self, samples_S: NDArray[np.int64]) -> Rows:
         """The training samples with these numbers."""
         domains_S, rows_S = locate(samples_S, quotas_D=self._quotas_D, rows_D=self._rows_D, seed=self._seed)
-        length = self._length
-        streams = (self._train[domain] for domain in domains_S)
-        windows_ST1 = np.stack(
-            [stream[row * length : (row + 1) * length + 1] for stream, row in zip(streams, rows_S, strict=True)]
-        ).astype(np.int64)
-        return Rows(
-            torch.from_numpy(windows_ST1[:, :-1].copy()),
-            torch.from_numpy(windows_ST1[:, 1:].copy()),
-            torch.from_numpy(domains_S),
-        )
+        batch = self._empty(domains_S)
+        for index, (domain, row) in enumerate(zip(domains_S, rows_S, strict=True)):
+            self._fill(batch, index, self._train[domain], self._train_rows[domain], int(row))
+        return batch
 
     def heldout_rows(self, domain: int) -> int:
-        """Rows of a domain's held-out text, the padded last one included."""
-        return -(-max(0, len(self._heldout[domain]) - 1) // self._length)
+        """Rows of a domain's held-out text, the padded ones included."""
+        return self._heldout_rows[domain].num_rows
 
     def heldout_batch(self, domain: int, start: int, stop: int, *, at_least: int = 0) -> Rows:
         """Held-out rows [start, stop) of a domain, filled up to `at_least` rows with padding."""
-        length, stream = self._length, self._heldout[domain]
-        num_rows = max(stop - start, at_least)
-        tokens_ST = torch.zeros(num_rows, length, dtype=torch.int64)
-        labels_ST = torch.full((num_rows, length), IGNORED_LABEL, dtype=torch.int64)
+        batch = self._empty(np.full(max(stop - start, at_least), domain, dtype=np.int64))
         for index, row in enumerate(range(start, stop)):
-            window = torch.from_numpy(stream[row * length : (row + 1) * length + 1].astype(np.int64))
-            num_targets = len(window) - 1
-            tokens_ST[index, :num_targets] = window[:-1]
-            labels_ST[index, :num_targets] = window[1:]
-        return Rows(tokens_ST, labels_ST, torch.full((num_rows,), domain, dtype=torch.int64))
+            self._fill(batch, index, self._heldout[domain], self._heldout_rows[domain], row)
+        return batch
+
+    def _empty(self, domains_S: NDArray[np.int64]) -> Rows:
+        shape = (len(domains_S), self._length)
+        return Rows(
+            torch.zeros(shape, dtype=torch.int64),
+            torch.full(shape, IGNORED_LABEL, dtype=torch.int64),
+            torch.from_numpy(domains_S),
+            torch.full(shape, PADDING_DOCUMENT, dtype=torch.int64),
+        )
+
+    def _fill(self, batch: Rows, index: int, shard: IndexedTokens, packing: Packing, row: int) -> None:
+        """Put a row's spans, one after the other, into row `index` of the batch."""
+        tokens_T, labels_T, documents_T = (
+            tensor[index].numpy() for tensor in (batch.tokens_ST, batch.labels_ST, batch.documents_ST)
+        )
+        begin = 0
+        for start, stop in packing.spans(row):
+            end = begin + stop - start
+            window = shard.tokens[start : stop + 1]
+            documents = shard.documents(start, stop + 1)
+            tokens_T[begin:end] = window[:-1]
+            labels_T[begin:end] = window[1:]
+            documents_T[begin:end] = documents[:-1]
+            if self._mask_documents:
+                labels_T[begin:end][documents[1:] != documents[:-1]] = IGNORED_LABEL
+            begin = end
 
     def _blend(self, weights: Mapping[str, float]) -> list[float]:
         unknown = sorted(weights.keys() - set(self.domain_names))
@@ -128,6 +176,12 @@ class TokenCorpus:
                 f"train.sequence_length: no domain has {self._length + 1} training tokens; shorten it or add text"
             )
         return shares
+
+
+def _pack(shard: IndexedTokens, packing: str, length: int, *, partial: bool) -> Packing:
+    if packing == "split":
+        return SplitPacking(len(shard), length, partial)
+    return pack_best_fit(shard.document_starts(), len(shard), length)
 
 
 def _check_file(path: Path, expected: Mapping[str, object], *, verify: bool) -> None:

@@ -26,6 +26,7 @@ class MicroBatch(NamedTuple):
     domains_b: Tensor
     tokens_bT: Tensor
     labels_bT: Tensor
+    documents_bT: Tensor  # number of each token's document in its domain's shard; -1 at padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; asynchronous from pinned memory."""
@@ -102,7 +103,9 @@ class _Rows(Dataset[MicroBatch]):
 
     def __getitem__(self, samples_b: NDArray[np.int64]) -> MicroBatch:
         rows = self._corpus.train_batch(samples_b)
-        return MicroBatch(torch.from_numpy(samples_b), rows.domains_S, rows.tokens_ST, rows.labels_ST)
+        return MicroBatch(
+            torch.from_numpy(samples_b), rows.domains_S, rows.tokens_ST, rows.labels_ST, rows.documents_ST
+        )
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:

@@ -34,7 +34,12 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "heldout")
 _BATCH = 256  # documents handed to the tokenizer's threads at once
-_TRAINING_FIELDS = ("path", "weights", "num_workers")  # fields of DataConfig that preparing does not depend on
+_TRAINING_FIELDS = (
+    "path",
+    "weights",
+    "packing",
+    "num_workers",
+)  # fields of DataConfig that preparing does not depend on
 
 Manifest = dict[str, Any]
 

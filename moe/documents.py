@@ -1,0 +1,80 @@
+"""Keeping the documents of a row apart: positions that start again and attention that stops at a border.
+
+A row is a run of documents. `documents_BT` numbers them; what matters here is only where the number changes. Padding
+(-1) is a document of its own, so no row of the softmax is ever empty.
+
+On a CPU the mask is an exact one for scaled_dot_product_attention. On CUDA it is a block mask for flex_attention, which
+skips the blocks that hold nothing; its shapes do not depend on the data, so building it waits for nothing.
+
+Shape letters: B samples, T sequence, A query heads, G key-value heads, d head width, h rotated pairs.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+AttentionMask = Tensor | BlockMask | None
+"""Which earlier tokens a token sees: bool [B, 1, T, T], blocks, or None for all of them."""
+
+
+class Layout(NamedTuple):
+    """What attention must know about the places of tokens."""
+
+    cos: Tensor  # [T, h], or [B, 1, T, h] where positions differ between samples
+    sin: Tensor
+    mask: AttentionMask
+
+
+def document_layout(cos_Th: Tensor, sin_Th: Tensor, documents_BT: Tensor | None) -> Layout:
+    """The layout of rows whose documents must not see each other; with None a row is one document."""
+    if documents_BT is None:
+        return Layout(cos_Th, sin_Th, None)
+    positions_BT = positions_in_documents(documents_BT)
+    mask = block_mask(documents_BT) if documents_BT.is_cuda else dense_mask(documents_BT)
+    return Layout(cos_Th[positions_BT].unsqueeze(1), sin_Th[positions_BT].unsqueeze(1), mask)
+
+
+def positions_in_documents(documents_BT: Tensor) -> Tensor:
+    """Position of each token in its document's part of the row, int64 [B, T]."""
+    index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return index_BT - torch.where(is_first_BT, index_BT, 0).cummax(dim=1).values
+
+
+def dense_mask(documents_BT: Tensor) -> Tensor:
+    """Causal and within one document, bool [B, 1, T, T]."""
+    is_same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+    return is_same_BTT.tril().unsqueeze(1)
+
+
+def block_mask(documents_BT: Tensor) -> BlockMask:
+    """The same for flex_attention."""
+
+    def within(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents_BT[sample, query] == documents_BT[sample, key])
+
+    batch, length = documents_BT.shape
+    return create_block_mask(within, batch, None, length, length, device=documents_BT.device)
+
+
+def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTd: Tensor, mask: AttentionMask) -> Tensor:
+    """Causal attention through the mask, [B, A, T, d]; query heads share the fewer key-value heads."""
+    grouped = query_BATd.shape[1] != key_BGTd.shape[1]
+    if isinstance(mask, BlockMask):
+        attention = _compiled_flex_attention() if query_BATd.is_cuda else flex_attention
+        mixed: Tensor = attention(query_BATd, key_BGTd, value_BGTd, block_mask=mask, enable_gqa=grouped)
+        return mixed
+    return F.scaled_dot_product_attention(
+        query_BATd, key_BGTd, value_BGTd, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # Uncompiled it computes every score, masked or not.
+    return torch.compile(flex_attention)
