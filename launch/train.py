@@ -97,6 +97,7 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
         device=device,
         seed=config.seed,
         is_frozen=config.train.accumulation == "frozen",
+        excerpts=corpus.excerpts,
     )
     hooks = build_hooks(config.hooks)
     hooks.on_start(run)

@@ -261,7 +261,8 @@ class SampleReweightHook(Hook):
             for column in (step.sample_ids_B, step.parts_B, step.domains_B, step.losses_B, weights_B)
         ]
         num_valid = len(order)
-        texts = self._run.excerpts(list(zip(columns[0], columns[1], strict=True)))
+        parts = columns[1] if self.weighs == "documents" else [None] * len(chosen)
+        texts = self._run.excerpts(list(zip(columns[0], parts, strict=True)))
         return [
             {
                 "sample": sample,

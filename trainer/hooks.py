@@ -74,10 +74,10 @@ class RunContext:
     run_dir: Path
     device: torch.device
     seed: int
-    is_frozen: bool = False
+    is_frozen: bool
     """Whether steps run with weights that are fixed before them (train.accumulation=frozen)."""
-    excerpts: Callable[[Sequence[tuple[int, int]]], list[str]] = field(default=lambda samples: ["" for _ in samples])
-    """Beginnings of the texts of samples given as (row number, part of the row). Reads from disk, so not every step."""
+    excerpts: Callable[[Sequence[tuple[int, int | None]]], list[str]]
+    """Beginnings of the texts of samples (row number, which document of it or None). Reads files: not for each step."""
 
 
 @dataclass(kw_only=True)

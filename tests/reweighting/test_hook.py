@@ -21,7 +21,7 @@ def started(*, is_frozen: bool = False, **options: object) -> SampleReweightHook
         RunContext(
             model=nn.Identity(), total_steps=10, global_batch_size=8, domain_names=("a", "b"), domain_shares=(0.5, 0.5),
             run_dir=Path(), device=torch.device("cpu"), seed=0, is_frozen=is_frozen,
-            excerpts=lambda samples: [f"text {row}.{part}" for row, part in samples],
+            excerpts=lambda samples: [f"text {row}, {part}" for row, part in samples],
         )
     )  # fmt: skip
     return hook
@@ -147,7 +147,7 @@ def test_every_sample_is_recorded_now_and_then_and_extremes_are_shown() -> None:
     assert len(table) == 4
     lowest = int(losses(2).argmin())
     assert table[-1]["sample"] == 16 + lowest
-    assert table[-1]["text"] == f"text {16 + lowest}.0"
+    assert table[-1]["text"] == f"text {16 + lowest}, None"
     assert table[-1]["domain"] in ("a", "b")
 
 

@@ -8,20 +8,23 @@ that every held-out target counts.
 Shape letters: S samples, T sequence, D domains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedTokens
 from trainer.data.order import block_quotas, locate
 from trainer.data.packing import Packing, SplitPacking, pack_best_fit
-from trainer.data.prepare import Manifest, hash_file, preparation_settings, read_manifest, shard_prefix
+from trainer.data.prepare import TOKENIZER, Manifest, hash_file, preparation_settings, read_manifest, shard_prefix
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 
 IGNORED_LABEL = -100
@@ -52,6 +55,7 @@ class TokenCorpus:
         mask_documents: bool,
     ) -> None:
         assert mask_documents or packing == "split"
+        self._folder = folder
         self._length = sequence_length
         self._seed = seed
         self._mask_documents = mask_documents
@@ -109,6 +113,31 @@ class TokenCorpus:
     def domain_shares(self) -> tuple[float, ...]:
         """Share of the training rows that each domain provides."""
         return tuple(float(quota) for quota in self._quotas_D / self._quotas_D.sum())
+
+    @cached_property
+    def documents_per_row(self) -> int:
+        """Most documents that share a training row. Looks at where every document begins, once."""
+        return max(
+            rows.most_documents(shard.document_starts())
+            for shard, rows in zip(self._train, self._train_rows, strict=True)
+        )
+
+    def excerpts(self, samples: Sequence[tuple[int, int | None]], *, characters: int = 160) -> list[str]:
+        """Beginnings of the texts of training samples: (row number, which document of the row, or None for the row)."""
+        if not samples:
+            return []
+        found = []
+        rows = self.train_batch(np.array([row for row, _ in samples], dtype=np.int64))
+        for tokens_T, documents_T, (_, part) in zip(rows.tokens_ST, rows.documents_ST, samples, strict=True):
+            own_T = documents_T >= 0
+            if part is not None:
+                own_T = documents_T == documents_T.unique_consecutive()[part]
+            found.append(self._tokenizer.decode(tokens_T[own_T].tolist(), skip_special_tokens=True)[:characters])
+        return found
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(str(self._folder / TOKENIZER))
 
     def train_batch(self, samples_S: NDArray[np.int64]) -> Rows:
         """The training samples with these numbers."""

@@ -41,6 +41,10 @@ class Packing(Protocol):
         """Spans of a row, in the order they stand in it."""
         ...
 
+    def most_documents(self, starts_N: Integers) -> int:
+        """Most documents that share a row; `starts_N` says where the documents of the stream begin."""
+        ...
+
 
 @dataclass(frozen=True)
 class SplitPacking:
@@ -57,6 +61,11 @@ class SplitPacking:
 
     def spans(self, row: int) -> list[Span]:
         return [Span(row * self.length, min((row + 1) * self.length, self.num_tokens - 1))]
+
+    def most_documents(self, starts_N: Integers) -> int:
+        # As many as begin in the row, and the one that began before it.
+        begins_R = np.unique(np.asarray(starts_N) // self.length, return_counts=True)[1]
+        return min(int(begins_R.max(initial=0)) + 1, self.length)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ class BestFitPacking:
         chosen = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         pieces = zip(self.starts_P[chosen].tolist(), self.lengths_P[chosen].tolist(), strict=True)
         return [Span(start, start + length) for start, length in pieces]
+
+    def most_documents(self, starts_N: Integers) -> int:
+        return int(np.diff(self.offsets).max(initial=1))
 
 
 def pack_best_fit(starts_N: Integers, num_tokens: int, length: int) -> BestFitPacking:
