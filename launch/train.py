@@ -29,7 +29,7 @@ from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
 from trainer.engine import Engine
 from trainer.errors import PREEMPTED_EXIT_CODE
-from trainer.hooks import RunContext, StopReason
+from trainer.hooks import HookList, RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
@@ -71,6 +71,42 @@ def main(argv: list[str]) -> int:
 
 def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     """Build every part of the run, restore its newest checkpoint if there is one, and train."""
+    engine, hooks, run = build(config, corpus, run_dir)
+    torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
+
+    store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
+    state = store.load_newest(engine, hooks) or TrainState()
+    with RunReport(config, run_dir, start_step=state.step) as report:
+        reason = Trainer(
+            config=config.train,
+            engine=engine,
+            hooks=hooks,
+            run=run,
+            corpus=corpus,
+            loader=open_loader(config, corpus),
+            learning_rate=partial(
+                learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
+            ),
+            evaluation=config.evaluation,
+            checkpoint=config.checkpoint,
+            store=store,
+            telemetry=StepTelemetry(
+                state,
+                corpus.domain_names,
+                flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
+                device=run.device,
+            ),
+            write=report.write,
+            state=state,
+            stop=StopSignal(),
+        ).train()
+    if ranks.is_main():
+        print_summary(run_dir, corpus.domain_names, reason)
+    return reason
+
+
+def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine, HookList, RunContext]:
+    """Model and optimizer under the engine, and the hooks, started on them."""
     device = ranks.device()
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     shares = config.engine.expert_parallel_size
@@ -101,40 +137,11 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     )
     hooks = build_hooks(config.hooks)
     hooks.on_start(run)
-    torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
-
-    store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
-    state = store.load_newest(engine, hooks) or TrainState()
-    with RunReport(config, run_dir, start_step=state.step) as report:
-        reason = Trainer(
-            config=config.train,
-            engine=engine,
-            hooks=hooks,
-            run=run,
-            corpus=corpus,
-            loader=_loader(config, corpus, device),
-            learning_rate=partial(
-                learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
-            ),
-            evaluation=config.evaluation,
-            checkpoint=config.checkpoint,
-            store=store,
-            telemetry=StepTelemetry(
-                state,
-                corpus.domain_names,
-                flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
-                device=device,
-            ),
-            write=report.write,
-            state=state,
-            stop=StopSignal(),
-        ).train()
-    if ranks.is_main():
-        print_summary(run_dir, corpus.domain_names, reason)
-    return reason
+    return engine, hooks, run
 
 
-def _loader(config: RunConfig, corpus: TokenCorpus, device: torch.device) -> TrainLoader:
+def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
+    """This rank's samples."""
     return TrainLoader(
         corpus,
         global_batch_size=config.train.global_batch_size,
@@ -142,7 +149,7 @@ def _loader(config: RunConfig, corpus: TokenCorpus, device: torch.device) -> Tra
         rank=ranks.rank(),
         world_size=ranks.world_size(),
         num_workers=config.data.num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=ranks.device().type == "cuda",
     )
 
 

@@ -109,10 +109,15 @@ def run(
     )  # fmt: skip
 
 
-def run_trainings(runs: Sequence[tuple[Path, Sequence[str]]], *, ranks: int, timeout: float = 280) -> None:
-    """Train several (config file, overrides) one after the other in ONE job of `ranks` ranks: start-up costs once."""
+def run_trainings(
+    runs: Sequence[tuple[Path, Sequence[str]]], *, ranks: int, timeout: float = 280, seam: str = ""
+) -> None:
+    """Train several (config file, overrides) one after the other in ONE job of `ranks` ranks: start-up costs once.
+
+    `seam`: a change to make in the processes before (tests/dist/seams.py).
+    """
     plan = json.dumps([[str(path), list(overrides)] for path, overrides in runs])
-    done = run("tests.dist.worker", plan, ranks=ranks, timeout=timeout)
+    done = run("tests.dist.worker", plan, *([seam] if seam else []), ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -12,12 +12,8 @@ from torch import Tensor
 from configs.schema import RunConfig
 from moe.model import MoEDecoder
 from moe.rules import RULES, Loads, RuleOptions, apply_rule
+from tests.dist.plain_objective import PlainObjective
 from trainer.data.corpus import TokenCorpus
-
-
-def linupper_weights(losses: Tensor, temperature: float) -> Tensor:
-    h = 2 * (losses - losses.min()) / (losses.max() - losses.min()) - 1
-    return torch.softmax(torch.clamp(h + 1, max=1) / temperature, dim=0)
 
 
 def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tensor:
@@ -47,7 +43,7 @@ def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tens
 
 
 def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float], MoEDecoder]:
-    """Losses of every step and the trained model, for linupper weights and any balancing rule or auxiliary loss."""
+    """Losses of every step and the trained model, for any weights, balancing rule or auxiliary loss."""
     train = config.train
     torch.manual_seed(config.seed)
     model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
@@ -64,7 +60,7 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
     for layer in model.moe_layers():
         layer.router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
         states.append({name: torch.zeros(layer.num_experts) for name in rule.state})
-    reweight = config.hooks["sample_reweight"]["temperature"]
+    objective = PlainObjective(config, corpus)
     losses = []
     for step in range(train.steps):
         warmup = config.schedule.warmup_steps
@@ -84,19 +80,14 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         else:
             logits = model(batch.tokens_ST, None, batch.documents_ST)
             token_losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_ST, reduction="none")
-        targets = (batch.labels_ST != -100).sum(dim=1)
-        sample_losses = token_losses.sum(dim=1) / targets
-        r = reweight["warmup_value"] if step < reweight["warmup_steps"] else reweight["value"]
-        weights = linupper_weights(sample_losses.detach(), r) * targets
-        weights = weights / weights.sum()
         optimizer.zero_grad()
         loads = model.take_loads("train")
         if config.model.aux_loss.any:
             penalty = penalty + auxiliary_loss(config, model, batch.tokens_ST)
-        ((weights * sample_losses).sum() + penalty).backward()
+        (objective(batch, token_losses, step) + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        losses.append((token_losses.sum() / targets.sum()).item())
+        losses.append((token_losses.sum() / (batch.labels_ST != -100).sum()).item())
         for layer, stats, state in zip(model.moe_layers(), loads, states, strict=True):
             router = layer.router
             low, high = router.threshold_range()

@@ -1,0 +1,31 @@
+"""The model of a run, as its newest intact checkpoint has it."""
+
+from pathlib import Path
+
+import torch
+
+from configs.loader import load_run_config
+from configs.schema import RunConfig
+from launch._corpus import open_corpus
+from moe.model import MoEDecoder
+from trainer import ranks
+from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
+from trainer.data.corpus import TokenCorpus
+from trainer.errors import CheckpointError
+
+
+def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, TokenCorpus, MoEDecoder, Path]:
+    """Configuration, corpus, model with the checkpoint's weights, and the checkpoint's folder.
+
+    Raises CheckpointError if the run has no intact checkpoint.
+    """
+    config = load_run_config(run_dir / "config.yaml", world_size=ranks.world_size())
+    corpus = open_corpus(config)
+    folder = newest_intact(run_dir / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{run_dir}: has no checkpoint yet; train it first")
+    model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
+    if config.engine.precision == "bf16":
+        model.bfloat16()
+    load_weights(model.to(device), folder / WEIGHTS)
+    return config, corpus, model, folder
