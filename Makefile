@@ -22,11 +22,11 @@ RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count()
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-setup: $(READY) ## create .venv and build what DeepSpeed compiles on first use
+setup: $(READY) ## create .venv and compile what DeepSpeed and the CPU experts need
 
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt pyproject.toml moe/cpu_experts.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; install g++ (DeepSpeed compiles an extension)" >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; install g++ (DeepSpeed and the CPU experts compile an extension)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first, at its exact version: with no torch installed, a looser requirement elsewhere pulls gigabytes of CUDA.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -c constraints.txt
