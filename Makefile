@@ -17,16 +17,16 @@ ARGS ?=
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow check static bench gpu clean
+.PHONY: help setup train test test-slow check static bench bench-peers gpu clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-setup: $(READY) ## create .venv and build what DeepSpeed compiles on first use
+setup: $(READY) ## create .venv and compile what DeepSpeed and the CPU experts need
 
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt pyproject.toml moe/cpu_experts.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; install g++ (DeepSpeed compiles an extension)" >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; install g++ (DeepSpeed and the CPU experts compile an extension)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first, at its exact version: with no torch installed, a looser requirement elsewhere pulls gigabytes of CUDA.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -c constraints.txt
@@ -55,6 +55,10 @@ check: static ## everything a commit must pass: static checks and the tests that
 
 bench: $(READY) ## time layers and hooks on this machine, as ratios
 	$(BIN)/python -m tests.bench
+
+bench-peers: $(READY) ## install the peers of the bench that are no dependency, into .venv-bench
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/peers.txt
 
 gpu: ## on a machine with a CUDA GPU: device tests and a short bf16 training over NCCL
 	bash launch/gpu.sh

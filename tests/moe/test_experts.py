@@ -1,11 +1,16 @@
 """The arithmetic of the routed experts: exact in every type, for any load, whatever is asked of it.
 
 `naive_experts`, a loop over tokens under autograd, is the reference; its random-shape comparison is in `test_model`.
+Every test runs on both loops of the CPU experts, the compiled one and the one in plain torch.
 
 Shape letters: N tokens, K experts a token uses, E experts, D model width, F expert width.
 """
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from moe import native
 from moe.grouped import experts_forward
 from tests.moe.test_model import naive_experts
 
 NAMES = ("x_ND", "gates_NK", "gate_up_EDF2", "down_EFD")
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain torch"], autouse=True)
+def loop(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which loop `experts_forward` runs in float32 and float64 on a CPU."""
+    native.build()  # in an environment that `make setup` made, it is there
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain torch":
+            patch.setattr(native, "available", lambda: False)
+        assert native.available() == (request.param == "compiled")
+        yield request.param
 
 
 class Case(NamedTuple):
@@ -242,8 +259,47 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_tokens_are_never_copied_for_all_their_experts_at_once() -> None:
+    # Of the compiled loop only what it returns is seen here; `make bench` measures its memory.
     tokens, top_k, width = 64, 4, 128
     tried = case(tokens=tokens, top_k=top_k, experts=6, width=width, intermediate=4)
     with LargestTensor() as largest:
         tried.gradients(tried.forward())
     assert tokens * width <= largest.elements < tokens * top_k * width
+
+
+WITHOUT_LIBRARY = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout)
+from moe import native
+from moe.grouped import experts_forward
+gate_up, down = torch.ones(2, 8, 8), torch.ones(2, 4, 8)
+for _ in range(2):
+    experts_forward(torch.ones(2, 8), torch.tensor([[0], [1]]), torch.ones(2, 1), gate_up, down)
+"""
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(False, "run python -m launch.warmup"), (True, "evenkeel_cpu_experts")])
+def test_without_its_library_it_runs_and_says_so_once(tmp_path: Path, spoil: bool, reason: str) -> None:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    if spoil:
+        (tmp_path / native.library_path().name).write_bytes(b"not a library")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("plain torch") == 1
+    assert reason in done.stdout
+
+
+def test_threads_lose_no_row() -> None:
+    tried = case(tokens=700, top_k=3, experts=4, width=512, intermediate=64, dtype=torch.float64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            output = tried.forward()
+            results.append([output, *tried.gradients(output)])
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        # The products are the library's, which may cut them by threads.
+        torch.testing.assert_close(one, three, rtol=1e-12, atol=1e-12)

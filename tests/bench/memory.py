@@ -1,0 +1,56 @@
+"""`memory`: how much one layer's forward and backward raises the peak of resident memory, each in its own process.
+
+`python -m tests.bench.memory NAME` prints MiB of `ours` or of a peer, on workload B.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tests.bench.report import Report
+
+REFERENCE = "transformers_qwen3_grouped_mm"
+
+
+def measure(report: Report) -> None:
+    """Ours over transformers' grouped products: what a pass adds, and the whole process. The allocator as it comes."""
+    found = {}
+    for name in ("ours", REFERENCE):
+        done = subprocess.run([sys.executable, "-m", "tests.bench.memory", name], capture_output=True, text=True)
+        if done.returncode:
+            report.not_run("memory/ours_over_transformers", f"{name}: {done.stderr.strip().splitlines()[-1]}")
+            return
+        found[name] = [float(word) for word in done.stdout.split()]
+    for key, ours, theirs in zip(("ours_over_transformers", "whole_process"), *found.values(), strict=True):
+        report.add(f"memory/{key}", ours / theirs, note=f"{ours:.0f} MiB, transformers {theirs:.0f} MiB")
+
+
+def _resident_mib(peak: bool) -> float:
+    field = "VmHWM:" if peak else "VmRSS:"
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+def _pass_mib(name: str) -> tuple[float, float]:
+    """What a forward and backward adds to the memory in use, weights and input apart, and the peak with all of it."""
+    from tests.bench.layer import WORKLOADS, Workload
+    from tests.bench.peers import PEERS
+
+    # A little of everything first, so that libraries and their buffers are there; then the real size.
+    small = replace(WORKLOADS["B"], num_experts=8, expert_intermediate_size=16)
+    for config, tokens in ((small, 64), (WORKLOADS["B"], 4096)):
+        workload = Workload(config, tokens)
+        module = workload.layer if name == "ours" else PEERS[name](workload.config, workload.weights).module
+        del workload.layer, workload.sigmoid
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _resident_mib(peak=False)
+        workload.run(module)
+    return _resident_mib(peak=True) - before, _resident_mib(peak=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdout.write("{:.1f} {:.1f}\n".format(*_pass_mib(sys.argv[1])))

@@ -1,0 +1,97 @@
+"""The table that `make bench` prints, its targets, and runs/bench.json."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moe import native
+
+AT_LEAST = {
+    "moe_layer/A/limit_over_ours": 0.85,
+    "moe_layer/B/limit_over_ours": 0.75,
+    "moe_layer/A/best_peer_over_ours": 1.10,
+    "moe_layer/B/best_peer_over_ours": 1.10,
+    "moe_vs_dense/dense_over_ours": 0.90,
+    "train_step/tokens_ratio": 1.15,
+}
+AT_MOST = {
+    "hooks/bias": 1.005,
+    "hooks/deferred": 1.02,
+    "hooks/frozen": 1.01,
+    "hooks/two_pass": 1.35,
+    "collectives/extra": 2,
+    "memory/ours_over_transformers": 0.70,
+}
+
+VERSIONED = ("torch", "transformers", "deepspeed", "megatron-core", "torchtitan")
+
+
+class Row(NamedTuple):
+    """One figure of the report."""
+
+    median: float
+    minimum: float | None
+    note: str
+
+
+class Report:
+    """Collects figures, in the order they are to be shown."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self._not_run: dict[str, str] = {}
+
+    def add(self, key: str, median: float, minimum: float | None = None, *, note: str = "") -> None:
+        """A ratio of medians, and of minima if it comes from times."""
+        self.rows[key] = Row(median, minimum, note)
+
+    def not_run(self, key: str, reason: object) -> None:
+        """A figure there is none of, and why."""
+        kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+        self._not_run[key] = (kind + str(reason)).splitlines()[0][:100]
+
+    def write(self, path: Path) -> None:
+        """The flat object of ratios of medians."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({key: row.median for key, row in self.rows.items()}, indent=1) + "\n")
+
+    def print(self, console: Console) -> None:
+        """Every figure beside its target; misses are marked."""
+        loop = "compiled" if native.available() else "plain torch"
+        versions = ", ".join(f"{name} {found}" for name in VERSIONED if (found := _version(name)))
+        table = Table(
+            title="ratios on this machine, CPU time on one thread", caption=f"{versions}\nCPU experts: {loop}"
+        )
+        table.add_column("key", no_wrap=True)
+        for name in ("median", "minimum", "target"):
+            table.add_column(name, justify="right")
+        table.add_column("")
+        for key, row in self.rows.items():
+            target, missed = _target(key, row.median)
+            minimum = "" if row.minimum is None else f"{row.minimum:.3f}"
+            table.add_row(key, f"{row.median:.3f}", minimum, target, f"MISS {row.note}" if missed else row.note)
+        for key, reason in self._not_run.items():
+            table.add_row(key, "", "", _target(key, 0)[0], f"not run: {reason}")
+        console.print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+        console.print(table)
+
+
+def _target(key: str, value: float) -> tuple[str, bool]:
+    if key in AT_LEAST:
+        return f">= {AT_LEAST[key]:g}", value < AT_LEAST[key]
+    if key in AT_MOST:
+        return f"<= {AT_MOST[key]:g}", value > AT_MOST[key]
+    return "", False
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
