@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.balance_metrics import dead_experts, load_entropy, max_violation
 from moe.certificate import BalanceCertificate
+from moe.heldout_balance import DomainLoads, duality_gaps, layer_matrix, relative_loads
 from moe.router import RoutingStats
-from moe.rules import RULES, Loads, RuleOptions, apply_rule
+from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule
+from moe.score_sample import ScoreSample
 from trainer import ranks
 from trainer.errors import ConfigError
 from trainer.hooks import EvaluationContext, Hook, RunContext, State, StateValue, StepContext, StepResult
@@ -76,6 +78,8 @@ class ExpertBiasConfig:
     options: RuleOptions = field(default_factory=RuleOptions)
     clamp: float = 0.0
     """Largest absolute bias; 0 sets no limit."""
+    gap_tokens: int = 256
+    """Held-out tokens from which an evaluation measures the duality gap; 0 does not measure it."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -84,6 +88,8 @@ class ExpertBiasConfig:
             found.append(f"rate: {self.rate} must be finite and not negative")
         if not (math.isfinite(self.clamp) and self.clamp >= 0):
             found.append(f"clamp: {self.clamp} must be finite and not negative; 0 sets no limit")
+        if self.gap_tokens < 0:
+            found.append(f"gap_tokens: {self.gap_tokens} is negative; 0 does not measure the gap")
         rule = RULES.get(self.rule)
         if self.clamp and rule is not None and rule.multiplicative:
             found.append("clamp: a multiplicative bias starts at 1 and is not clamped; remove it")
@@ -113,6 +119,9 @@ class BalancedRouter(Protocol):
 
     def threshold_range(self) -> tuple[Tensor, Tensor]: ...
 
+    @property
+    def selects_by_price(self) -> bool: ...
+
 
 class _BalancedLayer(Protocol):
     router: BalancedRouter
@@ -122,6 +131,8 @@ class _BalancedModel(Protocol):
     def moe_layers(self) -> Sequence[_BalancedLayer]: ...
 
     def take_loads(self, kind: Literal["train", "eval"]) -> list[RoutingStats]: ...
+
+    def take_counts(self, kind: Literal["train", "eval"]) -> list[Tensor]: ...
 
 
 class ExpertBiasHook(Hook):
@@ -137,6 +148,8 @@ class ExpertBiasHook(Hook):
         self._states: list[dict[str, Tensor]] = []
         self._total_steps = 0
         self._certificate: BalanceCertificate | None = None
+        self._domain_loads = DomainLoads(1)
+        self._sample: ScoreSample | None = None
         self._model: _BalancedModel
         self._routers: list[BalancedRouter] = []
 
@@ -150,15 +163,21 @@ class ExpertBiasHook(Hook):
             raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
         self._total_steps = run.total_steps
-        if self._rule is None:
-            return
-        for router in self._routers:
-            router.prepare_balancing(
-                multiplicative=self._rule.multiplicative, collect_thresholds=self._rule.needs_thresholds
+        self._domain_loads = DomainLoads(len(run.domain_names))
+        if self._rule is not None:
+            self._prepare(self._rule, run.model)
+        # Where selection is not the TopK of score + bias, biases are no prices and there is no gap to speak of.
+        if self._config.gap_tokens and all(router.selects_by_price for router in self._routers):
+            self._sample = ScoreSample(
+                run.model, [cast(nn.Module, router) for router in self._routers], self._config.gap_tokens
             )
-            self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in self._rule.state})
+
+    def _prepare(self, rule: Rule, model: nn.Module) -> None:
+        for router in self._routers:
+            router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+            self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in rule.state})
         self._certificate = BalanceCertificate(
-            run.model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
+            model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
         )
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
@@ -175,14 +194,28 @@ class ExpertBiasHook(Hook):
                 self._certificate.observe_loads(counts, step.tokens_B.sum())
         self._record(step, loads)
 
+    def on_evaluate_domain(self, domain: int) -> None:
+        """Put the domain's held-out loads aside."""
+        self._domain_loads.add(domain, self._model.take_counts("eval"))
+
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
-        """Record MaxVio_global (averaged over layers), each layer's held-out loads and biases, and the certificate."""
-        loads = _sum_over_ranks(self._model.take_loads("eval"))
-        violations = torch.stack([max_violation(layer.counts_E) for layer in loads])
+        """Record MaxVio_global (averaged over layers), held-out loads, biases, the duality gap and the certificate."""
+        loads = self._domain_loads.take(self._model.take_counts("eval"))
+        counts = [loads_DE.sum(dim=0) for loads_DE in loads]
+        biases = [router.expert_bias_E.clone() for router in self._routers]
+        violations = torch.stack([max_violation(counts_E) for counts_E in counts])
         evaluation.record("eval/maxvio_global", violations.nanmean())  # layers that only train have no loads here
-        for i, (layer, router) in enumerate(zip(loads, self._routers, strict=True)):
-            evaluation.record(f"moe/layer{i}/loads", layer.counts_E)
-            evaluation.record(f"moe/layer{i}/bias", router.expert_bias_E.clone())
+        evaluation.record("moe/loads", layer_matrix([relative_loads(counts_E) for counts_E in counts]))
+        evaluation.record("moe/bias", layer_matrix(biases))
+        for i in range(len(counts)):
+            evaluation.record(f"moe/layer{i}/loads", counts[i])
+            evaluation.record(f"moe/layer{i}/domain_loads", loads[i])
+            evaluation.record(f"moe/layer{i}/bias", biases[i])
+        if self._sample is not None:
+            gaps_L = duality_gaps(self._sample.take(), biases, [router.top_k for router in self._routers])
+            for i, gap in enumerate(gaps_L):
+                evaluation.record(f"moe/layer{i}/duality_gap", gap)
+            evaluation.record("moe/duality_gap", gaps_L.nanmean())
         if self._certificate is not None:
             self._certificate.verify(evaluation.step)
             evaluation.record("moe/certificate", 1)

@@ -94,14 +94,15 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, sparse: bool, parallel_size: int) -> None:
+    def __init__(self, config: ModelConfig, *, num_experts: int, parallel_size: int) -> None:
+        """`num_experts`: routed experts of this block; 0 makes it dense."""
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = (
-            MoELayer(config, parallel_size=parallel_size)
-            if sparse
+            MoELayer(config.with_experts(num_experts), parallel_size=parallel_size)
+            if num_experts
             else FeedForward(config.hidden_size, config.dense_intermediate_size)
         )
         self._dropout = config.dropout
@@ -134,7 +135,7 @@ class NextTokenBlock(nn.Module):
         self.hidden_norm = RMSNorm(width, config.norm_eps)
         self.embedding_norm = RMSNorm(width, config.norm_eps)
         self.merge = nn.Linear(2 * width, width, bias=False)
-        self.block = Block(config, sparse=True, parallel_size=parallel_size)
+        self.block = Block(config, num_experts=config.num_experts, parallel_size=parallel_size)
         self.final_norm = RMSNorm(width, config.norm_eps)
 
     def forward(
@@ -161,8 +162,8 @@ class MoEDecoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, sparse=index >= config.num_dense_layers, parallel_size=expert_parallel_size)
-            for index in range(config.num_layers)
+            Block(config, num_experts=experts, parallel_size=expert_parallel_size)
+            for experts in config.block_experts[: config.num_layers]
         )
         self.next_token = NextTokenBlock(config, parallel_size=expert_parallel_size) if config.has_mtp else None
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)

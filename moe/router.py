@@ -157,6 +157,16 @@ class Router(nn.Module):
         self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
         self.expert_bias_E.fill_(1.0 if multiplicative else 0.0)
 
+    @property
+    def selects_by_price(self) -> bool:
+        """Whether a token takes the TopK of score + bias, so that the biases are prices in the sense of moe/theory.py.
+
+        Not with groups or uniform routing. A multiplicative bias sets prices on the logarithm of the scores: its gap
+        would be in other units than everybody's.
+        """
+        config = self._config
+        return not (self._multiplicative or config.num_groups > 1 or config.uniform_routing)
+
     def threshold_range(self) -> tuple[Tensor, Tensor]:
         """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""
         return self.expert_bias_E.min() - 1, self.expert_bias_E.max() + 1

@@ -10,7 +10,8 @@ The loop, with every event in place:
         before_step(step)
         result = engine.step()     applied or skipped, decided alike on every rank
         after_step(step, result)   the owner of "expert_bias" moves it here, only when result.applied
-        every n steps: on_evaluate(evaluation), checkpoint, metrics
+        every n steps: on_evaluate_domain(domain) after each held-out domain, on_evaluate(evaluation), checkpoint,
+                       metrics
     on_stop(reason)                always called; no collectives when the reason is an error
 
 Decisions:
@@ -151,6 +152,9 @@ class Hook:
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """The optimizer moved, or the step was skipped."""
 
+    def on_evaluate_domain(self, domain: int) -> None:
+        """The model has just seen, in eval mode, this rank's held-out rows of a domain (index into `domain_names`)."""
+
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         """An evaluation has ended; the model has seen the held-out data in eval mode."""
 
@@ -207,6 +211,10 @@ class HookList:
     def after_step(self, step: StepContext, result: StepResult) -> None:
         for hook in self._hooks.values():
             hook.after_step(step, result)
+
+    def on_evaluate_domain(self, domain: int) -> None:
+        for hook in self._hooks.values():
+            hook.on_evaluate_domain(domain)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         for hook in self._hooks.values():

@@ -226,6 +226,7 @@ class Trainer:
             self.evaluation,
             batch_size=self.config.micro_batch_size,
             device=self.run.device,
+            after_domain=self.hooks.on_evaluate_domain,
         )
         buffer = MetricBuffer()
         buffer.record("step", self.state.step)

@@ -32,8 +32,9 @@ def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tens
     for handle in handles:
         handle.remove()
     aux, total = config.model.aux_loss, torch.zeros(())
-    experts, top_k = config.model.num_experts, config.model.top_k
+    top_k = config.model.top_k
     for scores, logits, indices in seen:
+        experts = scores.shape[1]
         probabilities = scores / scores.sum(1, keepdim=True)
         share = torch.bincount(indices.flatten(), minlength=experts) / indices.numel()
         total = total + aux.global_batch * experts * (share * probabilities.mean(0)).sum()
