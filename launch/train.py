@@ -7,6 +7,7 @@ lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them
 """
 
 import argparse
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,15 @@ from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
 from trainer.engine import Engine
-from trainer.errors import PREEMPTED_EXIT_CODE
+from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
+
+log = logging.getLogger("evenkeel")
 
 # A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
 # cut, cadence) may change between two starts of a run; the change is logged.
@@ -65,6 +68,8 @@ def main(argv: list[str]) -> int:
     with RunFolder(run_dir, config):
         reason = train(config, corpus, run_dir)
     stop_process_group()
+    if ranks.is_main():
+        _report(run_dir)
     return PREEMPTED_EXIT_CODE if reason == "preempted" else 0
 
 
@@ -101,7 +106,7 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
 
     store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
     state = store.load_newest(engine, hooks) or TrainState()
-    with RunReport(config, run_dir, start_step=state.step) as report:
+    with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
             engine=engine,
@@ -128,6 +133,15 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     if ranks.is_main():
         print_summary(run_dir, corpus.domain_names, reason)
     return reason
+
+
+def _report(run_dir: Path) -> None:
+    from launch.report import write_report  # plotly, which no step needs
+
+    try:
+        write_report(run_dir)
+    except EvenkeelError as error:
+        log.warning("no report: %s", error)  # a view of the run; the run itself is safe
 
 
 def _loader(config: RunConfig, corpus: TokenCorpus, device: torch.device) -> TrainLoader:

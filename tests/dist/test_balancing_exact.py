@@ -59,10 +59,11 @@ CUTS = {
     for accumulation in (1, 4)
 }
 
-# Every method once and every cut at least once; the whole table is slow.
-FAST = list(zip(METHODS, list(CUTS)[: len(METHODS)], strict=True))
-FAST += [(m, "2 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "different layers", "quantile")]
-FAST += [(m, "4 ranks x 4, EP 2, recomputed") for m in ("different layers", "proportional")]
+# Every method once, in turn over the cuts of one and two ranks, and a few on four; the whole table is slow.
+SMALL_CUTS = [name for name in CUTS if not name.startswith("4")]
+FAST = [(method, SMALL_CUTS[i % len(SMALL_CUTS)]) for i, method in enumerate(METHODS)]
+FAST += [("all losses and a rule", "2 ranks x 4, EP 2, recomputed")]
+FAST += [(m, "4 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "different layers", "proportional")]
 SLOW = [(m, c) for m in METHODS for c in CUTS if (m, c) not in FAST]
 
 
