@@ -33,13 +33,13 @@ _NO_TOKEN = torch.iinfo(torch.int64).max
 
 
 def token_keys(tokens_BT: Tensor, counted_BT: Tensor) -> Tensor:
-    """A hash of each token's sequence and position, int64 [B, T]; padding gets the largest value, and is never chosen.
+    """A hash of each token's sequence and position, int64 [B, T], not negative; padding gets the largest value.
 
     Integer arithmetic modulo 2^64 with odd constants and xor-shifts (after Steele et al. 2014, SplitMix64).
     """
     position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     row_B1 = ((tokens_BT + 1) * _mix(position_T + 1)).sum(dim=1, keepdim=True)
-    return torch.where(counted_BT, _mix(_mix(row_B1) + position_T) >> 1, _NO_TOKEN)
+    return torch.where(counted_BT, _mix(_mix(row_B1) + position_T) & _NO_TOKEN, _NO_TOKEN)
 
 
 def _mix(x: Tensor) -> Tensor:
