@@ -79,7 +79,7 @@ def train_all(folder: Path, config: Path, cases: list[tuple[str, str]]) -> None:
             if CUTS[c][0] == ranks
         ]
         if plan:
-            run_trainings(plan, ranks=ranks, timeout=1800)
+            run_trainings(plan, ranks=ranks, timeout=3600)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,7 @@ def test_equals_the_reference(method: str, cut: str, fast_runs: Path, references
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("method", "cut"), SLOW)
 def test_equals_the_reference_whole_matrix(
     method: str, cut: str, slow_runs: Path, references: dict[str, Reference]
