@@ -56,10 +56,10 @@ class RunConfig:
                 "data.packing: best_fit puts unrelated documents side by side; set model.document_mask to true with it"
             )
         shares = self.engine.expert_parallel_size
-        if shares > 1 and self.model.num_moe_layers > 0 and self.model.num_experts % shares:
-            found.append(
-                f"engine.expert_parallel_size: {shares} does not divide model.num_experts ({self.model.num_experts})"
-            )
+        for experts in sorted(set(self.model.block_experts)):
+            if shares > 1 and experts % shares:
+                where = "an entry of model.layer_experts" if self.model.layer_experts else "model.num_experts"
+                found.append(f"engine.expert_parallel_size: {shares} does not divide {where} ({experts})")
         if shares > 1 and world_size % shares:
             found.append(f"engine.expert_parallel_size: {shares} does not divide the number of ranks ({world_size})")
         if shares > 1 and self.model.num_moe_layers < 1:

@@ -44,12 +44,15 @@ def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
     merged = OmegaConf.structured(schema)
     OmegaConf.set_readonly(merged, False)
     problems = []
-    for leaf in leaves:
-        try:
-            merged = _merge(merged, leaf)
-        except (OmegaConfBaseException, ValueError) as error:
-            where = f"{leaf.source}: " if leaf.source else ""
-            problems.append(f"{where}{leaf_key(leaf)}: {one_line(error)}")
+    try:
+        merged = _merge_all(merged, leaves)  # one merge costs what one leaf does
+    except (OmegaConfBaseException, ValueError):
+        for leaf in leaves:
+            try:
+                merged = _merge_all(merged, [leaf])
+            except (OmegaConfBaseException, ValueError) as error:
+                where = f"{leaf.source}: " if leaf.source else ""
+                problems.append(f"{where}{leaf_key(leaf)}: {one_line(error)}")
     built = OmegaConf.to_object(merged)
     assert isinstance(built, schema)
     return built, problems
@@ -67,12 +70,20 @@ def one_line(error: Exception) -> str:
     return " ".join([lines[0] if lines else type(error).__name__, *hints])
 
 
-def _merge(config: DictConfig, leaf: Leaf) -> DictConfig:
-    if "${" in str(leaf.value):
-        raise ValueError("interpolation (${...}) is not supported; write the value")
-    value = leaf.value
-    for part in reversed(leaf.key):
-        value = {part: value}
-    merged = OmegaConf.merge(config, value)
+def _merge_all(config: DictConfig, leaves: Sequence[Leaf]) -> DictConfig:
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        if "${" in str(leaf.value):
+            raise ValueError("interpolation (${...}) is not supported; write the value")
+        node = tree
+        for part in leaf.key[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"is set to a value and to a table at '{part}'")
+        if leaf.value == {}:
+            node.setdefault(leaf.key[-1], {})  # an empty table adds nothing to what is there
+        else:
+            node[leaf.key[-1]] = leaf.value
+    merged = OmegaConf.merge(config, tree)
     assert isinstance(merged, DictConfig)
     return merged

@@ -86,7 +86,7 @@ class RunFolder:
 class RunReport:
     """Takes rows of metrics to the file, the screen and W&B. Does nothing on ranks other than 0."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, start_step: int) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, domain_names: Sequence[str], *, start_step: int) -> None:
         self._active = ranks.is_main()
         if not self._active:
             return
@@ -97,7 +97,13 @@ class RunReport:
         else:
             (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         self._display = ProgressDisplay(config.train.steps, start_step)
-        self._wandb = WandbSink(config.wandb, run_dir=run_dir, run_name=config.name, resolved_config=to_dict(config))
+        self._wandb = WandbSink(
+            config.wandb,
+            run_dir=run_dir,
+            run_name=config.name,
+            resolved_config=to_dict(config),
+            domain_names=domain_names,
+        )
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take finished rows."""
@@ -148,7 +154,9 @@ def print_summary(run_dir: Path, domain_names: Sequence[str], reason: StopReason
         summary = None
     if summary is not None:
         console.print(summary_table(summary))
-    console.print(f"{reason}: results are in {run_dir} (metrics.jsonl, log.txt, checkpoints/)", highlight=False)
+    console.print(
+        f"{reason}: results are in {run_dir} (report.html, metrics.jsonl, log.txt, checkpoints/)", highlight=False
+    )
 
 
 def _maxvio(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ left out. Exit code 0 if they agree, 1 if they do not.
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -57,16 +59,25 @@ def differ(
         for key in sorted(keys or row_a.keys() | row_b.keys()):
             if key.startswith(_TIMED):
                 continue
-            x, y = row_a.get(key), row_b.get(key)
-            if isinstance(x, int | float) and isinstance(y, int | float):
-                scale = max(abs(x), abs(y))
-                relative = abs(x - y) / scale if scale else 0.0
-                largest = max(largest, relative)
-                if relative > rtol:
-                    differences.append(f"step {place[0]}: {key}: {float(x).hex()} != {float(y).hex()}")
-            elif x != y:
-                differences.append(f"step {place[0]}: {key}: {x} != {y}")
+            for where, x, y in _pairs(key, row_a.get(key), row_b.get(key)):
+                if isinstance(x, int | float) and isinstance(y, int | float):
+                    scale = max(abs(x), abs(y))
+                    relative = abs(x - y) / scale if scale else 0.0
+                    largest = max(largest, relative)
+                    if relative > rtol:
+                        differences.append(f"step {place[0]}: {where}: {float(x).hex()} != {float(y).hex()}")
+                elif x != y:
+                    differences.append(f"step {place[0]}: {where}: {x} != {y}")
     return differences, largest
+
+
+def _pairs(key: str, x: Any, y: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The values to compare under a key: arrays of the same length element by element, all else as it is."""
+    if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+        for i, (one, other) in enumerate(zip(x, y, strict=True)):
+            yield from _pairs(f"{key}[{i}]", one, other)
+    else:
+        yield key, x, y
 
 
 def _rows_by_kind(path: Path) -> dict[tuple[int, str], Row]:

@@ -144,7 +144,8 @@ def _balancing(config: RunConfig, model: nn.Module, corpus: TokenCorpus, device:
         RunContext(
             model=model, total_steps=config.train.steps, global_batch_size=config.train.global_batch_size,
             domain_names=corpus.domain_names, domain_shares=corpus.domain_shares, run_dir=Path(config.folder),
-            device=device, seed=config.seed, is_frozen=False, excerpts=corpus.excerpts,
+            device=device, seed=config.seed, samples_per_row=1, has_weights=False,
+            is_frozen=False, excerpts=corpus.excerpts,
         )
     )  # fmt: skip
     return hooks

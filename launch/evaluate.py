@@ -1,5 +1,8 @@
 """Held-out loss of a run's newest checkpoint: `python -m launch.evaluate runs/quickstart [--max-rows 64]`.
 
+With --record-scores FILE it also records what every router gave a sample of the held-out tokens, for `launch.theory
+--scores FILE`; the format is described in moe/score_sample.py.
+
 Works in one process or under torchrun with any number of ranks: it reads the checkpoint's plain weights.
 """
 
@@ -7,17 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from configs.loader import load_run_config
 from launch._cli import run_command
-from launch._corpus import open_corpus
+from launch._trained import load_trained_model
 from moe.balance_metrics import max_violation
-from moe.model import MoEDecoder
+from moe.score_sample import RecordedScores, ScoreSample, save_scores
 from trainer import ranks
-from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
-from trainer.errors import CheckpointError
+from trainer.errors import ConfigError
 from trainer.evaluate import EvaluationConfig, evaluate
 from trainer.process_group import start_process_group, stop_process_group
 
@@ -29,19 +32,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--max-rows", type=int, default=0, help="held-out rows of each domain; 0 (default) is all")
+    parser.add_argument("--record-scores", type=Path, metavar="FILE", help="write router scores to FILE (safetensors)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to record scores of (default 8192)")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.tokens < 1:
+        raise ConfigError(f"--tokens: {arguments.tokens} must be at least 1")
 
-    config = load_run_config(arguments.run / "config.yaml", world_size=ranks.world_size())
-    corpus = open_corpus(config)
-    start_process_group(config.engine.collective_timeout_s)
-    folder = newest_intact(arguments.run / "checkpoints")
-    if folder is None:
-        raise CheckpointError(f"{arguments.run}: has no checkpoint yet; train it first")
-    model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
-    if config.engine.precision == "bf16":
-        model.bfloat16()
-    model.to(ranks.device())
-    load_weights(model, folder / WEIGHTS)
+    timeout_s = load_run_config(
+        arguments.run / "config.yaml", world_size=ranks.world_size()
+    ).engine.collective_timeout_s
+    start_process_group(timeout_s)
+    config, corpus, model, folder = load_trained_model(arguments.run, ranks.device())
+    sample = None
+    if arguments.record_scores:
+        if not model.moe_layers():
+            raise ConfigError(f"--record-scores: the model of {arguments.run} has no experts; leave it out")
+        sample = ScoreSample(model, [layer.router for layer in model.moe_layers()], arguments.tokens)
     heldout = evaluate(
         model,
         corpus,
@@ -50,14 +56,19 @@ def main(argv: list[str]) -> int:
         device=ranks.device(),
     )
     violations = [max_violation(ranks.all_reduce_(counts_E)) for counts_E in model.take_counts("eval")]
+    recorded = None if sample is None else sample.take()
     if ranks.is_main():
+        if recorded is not None:
+            layers = {i: scores_TE for i, scores_TE in enumerate(recorded) if scores_TE is not None}
+            save_scores(arguments.record_scores, RecordedScores(layers, config.model.top_k, str(folder)))
         table = Table(title=f"{folder}, {heldout.tokens:,} held-out tokens")
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in heldout.metrics().items():
             table.add_row(name, f"{value:.4f}")
         if violations:
-            table.add_row("eval/maxvio_global", f"{sum(map(float, violations)) / len(violations):.4f}")
+            mean = torch.stack(violations).nanmean()  # layers that only train have no loads here
+            table.add_row("eval/maxvio_global", f"{mean:.4f}")
         Console().print(table)
     stop_process_group()
     return 0

@@ -7,6 +7,7 @@ lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them
 """
 
 import argparse
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,15 @@ from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
 from trainer.engine import Engine
-from trainer.errors import PREEMPTED_EXIT_CODE
+from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import HookList, RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
+
+log = logging.getLogger("evenkeel")
 
 # A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
 # cut, cadence) may change between two starts of a run; the change is logged.
@@ -66,6 +69,8 @@ def main(argv: list[str]) -> int:
     with RunFolder(run_dir, config):
         reason = train(config, corpus, run_dir)
     stop_process_group()
+    if ranks.is_main():
+        _report(run_dir)
     return PREEMPTED_EXIT_CODE if reason == "preempted" else 0
 
 
@@ -76,7 +81,7 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
 
     store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
     state = store.load_newest(engine, hooks) or TrainState()
-    with RunReport(config, run_dir, start_step=state.step) as report:
+    with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
             engine=engine,
@@ -123,6 +128,7 @@ def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine
         micro_batch_size=config.train.micro_batch_size,
         clip_norm=config.optimizer.clip_norm,
     )
+    hooks = build_hooks(config.hooks)
     run = RunContext(
         model=engine.module,
         total_steps=config.train.steps,
@@ -132,12 +138,22 @@ def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine
         run_dir=run_dir,
         device=device,
         seed=config.seed,
+        samples_per_row=corpus.documents_per_row if hooks.weighs_documents else 1,
+        has_weights=hooks.has_weights,
         is_frozen=config.train.accumulation == "frozen",
         excerpts=corpus.excerpts,
     )
-    hooks = build_hooks(config.hooks)
     hooks.on_start(run)
     return engine, hooks, run
+
+
+def _report(run_dir: Path) -> None:
+    from launch.report import write_report  # plotly, which no step needs
+
+    try:
+        write_report(run_dir)
+    except EvenkeelError as error:
+        log.warning("no report: %s", error)  # a view of the run; the run itself is safe
 
 
 def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:

@@ -33,13 +33,14 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
     norms = 2 * width + (2 * head if config.qk_norm else 0)
     expert = 3 * width * config.expert_intermediate_size
     layers += config.has_mtp  # its block is one more, with a projection and three norms of its own
+    num_routed = sum(config.block_experts)
     total = {
         "embedding": vocab_size * width,
         "attention": layers * attention,
-        "dense mlp": config.num_dense_layers * 3 * width * config.dense_intermediate_size,
-        "routed experts": sparse * config.num_experts * expert,
+        "dense mlp": (layers - sparse) * 3 * width * config.dense_intermediate_size,
+        "routed experts": num_routed * expert,
         "shared experts": sparse * config.num_shared_experts * expert,
-        "router": sparse * config.num_experts * width,
+        "router": num_routed * width,
         "norms": layers * norms + width + (3 * width if config.has_mtp else 0),
         "next token": 2 * width * width if config.has_mtp else 0,
         "head": 0 if config.tie_embeddings else vocab_size * width,
@@ -74,12 +75,11 @@ def activation_bytes(
     width, expert = config.hidden_size, config.expert_intermediate_size
     attention = 3 * width + config.head_size * (2 * config.num_heads + 2 * config.num_kv_heads)
     dense = attention + width + 3 * config.dense_intermediate_size
-    routed = config.top_k * (2 * width + 3 * expert) + 3 * config.num_shared_experts * expert
-    sparse = attention + width + routed + 3 * config.num_experts
-    blocks = config.num_dense_layers * dense + config.num_moe_layers * sparse
+    chosen = config.top_k * (2 * width + 3 * expert) + 3 * config.num_shared_experts * expert
+    blocks = [attention + width + chosen + 3 * experts if experts else dense for experts in config.block_experts]
     if config.activation_recompute == "block":
-        kept, alive = config.num_layers * width, max(dense if config.num_dense_layers else 0, sparse)
+        kept, alive = len(blocks) * width, max(blocks)
     else:
-        kept, alive = blocks, 0
+        kept, alive = sum(blocks), 0
     logits = 2 * 4 * vocab_size * min(tokens, LOSS_CHUNK)
     return element_bytes * tokens * (kept * kept_graphs + alive) + logits

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.balance_metrics import dead_experts, load_entropy, max_violation
 from moe.certificate import BalanceCertificate
+from moe.heldout_balance import DomainLoads, duality_gaps, layer_matrix, relative_loads
 from moe.router import RoutingStats
-from moe.rules import RULES, Loads, RuleOptions, apply_rule
+from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule
+from moe.score_sample import ScoreSample
 from trainer import ranks
 from trainer.errors import ConfigError
 from trainer.hooks import EvaluationContext, Hook, RunContext, State, StateValue, StepContext, StepResult
@@ -30,6 +32,9 @@ RuleName = Literal[
     "sign", "centered_sign", "proportional", "rms", "decay_sqrt", "decay_linear", "smebu", "pid", "multiplicative",
     "quantile", "bip", "none",
 ]  # fmt: skip
+
+
+_STARVED = 0.5  # an expert is starved if its tokens have less than half the weight of as many average ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,10 @@ class ExpertBiasConfig:
     options: RuleOptions = field(default_factory=RuleOptions)
     clamp: float = 0.0
     """Largest absolute bias; 0 sets no limit."""
+    count: Literal["tokens", "weight"] = "tokens"
+    """What a load is: tokens, or the weight that samples give them (needs a hook that sets sample weights)."""
+    gap_tokens: int = 256
+    """Held-out tokens from which an evaluation measures the duality gap; 0 does not measure it."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -84,6 +93,10 @@ class ExpertBiasConfig:
             found.append(f"rate: {self.rate} must be finite and not negative")
         if not (math.isfinite(self.clamp) and self.clamp >= 0):
             found.append(f"clamp: {self.clamp} must be finite and not negative; 0 sets no limit")
+        if self.count == "weight" and self.rule in ("quantile", "bip", "none"):
+            found.append(f"count: rule {self.rule} does not move by loads; remove it")
+        if self.gap_tokens < 0:
+            found.append(f"gap_tokens: {self.gap_tokens} is negative; 0 does not measure the gap")
         rule = RULES.get(self.rule)
         if self.clamp and rule is not None and rule.multiplicative:
             found.append("clamp: a multiplicative bias starts at 1 and is not clamped; remove it")
@@ -113,6 +126,9 @@ class BalancedRouter(Protocol):
 
     def threshold_range(self) -> tuple[Tensor, Tensor]: ...
 
+    @property
+    def selects_by_price(self) -> bool: ...
+
 
 class _BalancedLayer(Protocol):
     router: BalancedRouter
@@ -122,6 +138,10 @@ class _BalancedModel(Protocol):
     def moe_layers(self) -> Sequence[_BalancedLayer]: ...
 
     def take_loads(self, kind: Literal["train", "eval"]) -> list[RoutingStats]: ...
+
+    def take_counts(self, kind: Literal["train", "eval"]) -> list[Tensor]: ...
+
+    def count_by_sample(self, samples_per_row: int) -> None: ...
 
 
 class ExpertBiasHook(Hook):
@@ -133,10 +153,14 @@ class ExpertBiasHook(Hook):
         self._config = config
         self._rule = RULES.get(config.rule)
         self.owns = frozenset() if self._rule is None else frozenset({"expert_bias"})
+        self.needs = frozenset({"weights"}) if config.count == "weight" else frozenset()
+        self._has_weights = False
         self._updates = 0
         self._states: list[dict[str, Tensor]] = []
         self._total_steps = 0
         self._certificate: BalanceCertificate | None = None
+        self._domain_loads = DomainLoads(1)
+        self._sample: ScoreSample | None = None
         self._model: _BalancedModel
         self._routers: list[BalancedRouter] = []
 
@@ -150,39 +174,66 @@ class ExpertBiasHook(Hook):
             raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
         self._total_steps = run.total_steps
-        if self._rule is None:
-            return
-        for router in self._routers:
-            router.prepare_balancing(
-                multiplicative=self._rule.multiplicative, collect_thresholds=self._rule.needs_thresholds
+        self._has_weights = run.has_weights
+        if run.has_weights:
+            self._model.count_by_sample(run.samples_per_row)
+        self._domain_loads = DomainLoads(len(run.domain_names))
+        if self._rule is not None:
+            self._prepare(self._rule, run.model)
+        # Where selection is not the TopK of score + bias, biases are no prices and there is no gap to speak of.
+        if self._config.gap_tokens and all(router.selects_by_price for router in self._routers):
+            self._sample = ScoreSample(
+                run.model, [cast(nn.Module, router) for router in self._routers], self._config.gap_tokens
             )
-            self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in self._rule.state})
+
+    def _prepare(self, rule: Rule, model: nn.Module) -> None:
+        for router in self._routers:
+            router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+            self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in rule.state})
         self._certificate = BalanceCertificate(
-            run.model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
+            model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
         )
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """Take the loads of the step, and move the biases if the optimizer moved."""
-        loads = _sum_over_ranks(self._model.take_loads("train"))
+        own = self._model.take_loads("train")
+        loads, masses = _sum_over_ranks(own, _masses(own, step) if result.applied and self._has_weights else [])
         if self._certificate is not None:
             self._certificate.before_move()
         if result.applied:
-            self._move(loads, rate_factor(self._config.schedule, step.applied_steps, self._total_steps))
+            by = masses if self._config.count == "weight" else [layer.counts_E for layer in loads]
+            self._move(loads, by, rate_factor(self._config.schedule, step.applied_steps, self._total_steps))
         if self._certificate is not None:
             self._certificate.after_move()
             if result.applied:  # a skipped step may not have forwarded with gradients at all
                 counts = [layer.counts_E for layer in loads]
                 self._certificate.observe_loads(counts, step.tokens_B.sum())
         self._record(step, loads)
+        if masses:
+            _record_masses(step, [layer.counts_E for layer in loads], masses)
+
+    def on_evaluate_domain(self, domain: int) -> None:
+        """Put the domain's held-out loads aside."""
+        self._domain_loads.add(domain, self._model.take_counts("eval"))
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
-        """Record MaxVio_global (averaged over layers), each layer's held-out loads and biases, and the certificate."""
-        loads = _sum_over_ranks(self._model.take_loads("eval"))
-        violations = torch.stack([max_violation(layer.counts_E) for layer in loads])
+        """Record MaxVio_global (averaged over layers), held-out loads, biases, the duality gap and the certificate."""
+        loads = self._domain_loads.take(self._model.take_counts("eval"))
+        counts = [loads_DE.sum(dim=0) for loads_DE in loads]
+        biases = [router.expert_bias_E.clone() for router in self._routers]
+        violations = torch.stack([max_violation(counts_E) for counts_E in counts])
         evaluation.record("eval/maxvio_global", violations.nanmean())  # layers that only train have no loads here
-        for i, (layer, router) in enumerate(zip(loads, self._routers, strict=True)):
-            evaluation.record(f"moe/layer{i}/loads", layer.counts_E)
-            evaluation.record(f"moe/layer{i}/bias", router.expert_bias_E.clone())
+        evaluation.record("moe/loads", layer_matrix([relative_loads(counts_E) for counts_E in counts]))
+        evaluation.record("moe/bias", layer_matrix(biases))
+        for i in range(len(counts)):
+            evaluation.record(f"moe/layer{i}/loads", counts[i])
+            evaluation.record(f"moe/layer{i}/domain_loads", loads[i])
+            evaluation.record(f"moe/layer{i}/bias", biases[i])
+        if self._sample is not None:
+            gaps_L = duality_gaps(self._sample.take(), biases, [router.top_k for router in self._routers])
+            for i, gap in enumerate(gaps_L):
+                evaluation.record(f"moe/layer{i}/duality_gap", gap)
+            evaluation.record("moe/duality_gap", gaps_L.nanmean())
         if self._certificate is not None:
             self._certificate.verify(evaluation.step)
             evaluation.record("moe/certificate", 1)
@@ -213,15 +264,16 @@ class ExpertBiasHook(Hook):
                     tensor.copy_(cast(Tensor, state[f"{name}.{i}"]))
 
     @torch.no_grad()
-    def _move(self, loads: Sequence[RoutingStats], factor: float) -> None:
+    def _move(self, loads: Sequence[RoutingStats], by: Sequence[Tensor], factor: float) -> None:
+        """Move every layer's bias; `by`: the loads that are to be evened out, [E] for each layer."""
         if self._rule is None or factor == 0.0:
             return
         self._updates += 1
-        for i, (router, layer) in enumerate(zip(self._routers, loads, strict=True)):
+        for i, (router, layer, load_E) in enumerate(zip(self._routers, loads, by, strict=True)):
             low, high = router.threshold_range()
             bias_E, state = apply_rule(
                 self._rule,
-                Loads(layer.counts_E, layer.thresholds_EQ, low, high, router.top_k / router.num_experts),
+                Loads(load_E, layer.thresholds_EQ, low, high, router.top_k / router.num_experts),
                 router.expert_bias_E,
                 self._states[i],
                 n=self._updates,
@@ -247,16 +299,44 @@ class ExpertBiasHook(Hook):
         step.record("moe/bias_mean", biases.mean())
 
 
-def _sum_over_ranks(loads: Sequence[RoutingStats]) -> list[RoutingStats]:
-    """Loads of all layers summed over ranks, in one collective. Layers may have different numbers of experts."""
-    tensors = [tensor for layer in loads for tensor in layer if tensor is not None]
-    flat = ranks.all_reduce_(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+def _sum_over_ranks(loads: Sequence[RoutingStats], masses: Sequence[Tensor]) -> tuple[list[RoutingStats], list[Tensor]]:
+    """Loads and weight masses of all layers summed over ranks, in one collective.
+
+    Layers may have different numbers of experts. Counts of single samples stay on their rank and are left out.
+    """
+    additive = [layer._replace(by_sample_SE=None) for layer in loads]
+    tensors = [tensor for layer in additive for tensor in layer if tensor is not None]
+    # Beside masses the counts ride in float64, which holds them exactly up to 2^53.
+    flat = ranks.all_reduce_(torch.cat([tensor.flatten() for tensor in (*tensors, *masses)]))
+    parts = iter(flat.split([tensor.numel() for tensor in (*tensors, *masses)]))
 
     def next_like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else next(parts).view_as(tensor)
+        return None if tensor is None else next(parts).view_as(tensor).to(tensor.dtype)
 
-    return [RoutingStats(*(next_like(tensor) for tensor in layer)) for layer in loads]  # type: ignore[arg-type]
+    summed = [RoutingStats(*(next_like(tensor) for tensor in layer)) for layer in additive]  # type: ignore[arg-type]
+    return summed, list(parts)
+
+
+def _masses(loads: Sequence[RoutingStats], step: StepContext) -> list[Tensor]:
+    """This rank's part of each expert's load when tokens count by their weight in the objective, float64 [E] a layer.
+
+    A token of sample i counts N c_i / n_i, with N the target tokens of the step: 1 if all tokens weigh the same.
+    """
+    assert step.coefficients_B is not None
+    tokens_B = step.tokens_B.double()
+    per_token_B = tokens_B.sum() * step.coefficients_B / tokens_B.clamp(min=1)
+    per_token_S = per_token_B[step.own_S]
+    return [per_token_S @ layer.by_sample_SE.double() for layer in loads if layer.by_sample_SE is not None]
+
+
+def _record_masses(step: StepContext, counts: Sequence[Tensor], masses: Sequence[Tensor]) -> None:
+    """How even weight is over experts, and how many get much less of it than of tokens."""
+    violations = [max_violation(mass_E) for mass_E in masses]
+    for i, violation in enumerate(violations):
+        step.record(f"moe/layer{i}/maxvio_weighted", violation)
+    step.record("moe/maxvio_weighted", _mean(violations))
+    starved = [(mass_E < _STARVED * counts_E).sum() for counts_E, mass_E in zip(counts, masses, strict=True)]
+    step.record("moe/starved_experts", torch.stack(starved).sum())
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """The shape of the decoder, and what makes a shape impossible."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 LOSS_CHUNK = 8192
@@ -47,6 +47,8 @@ class ModelConfig:
     """Blocks, dense and sparse together."""
     num_dense_layers: int = 1
     """First blocks that have a dense feed-forward instead of experts."""
+    layer_experts: tuple[int, ...] = ()
+    """Routed experts of each block, 0 for a dense one, where blocks differ; empty: num_experts in all sparse ones."""
     dense_intermediate_size: int = 2816
     """Width of the dense feed-forward."""
     num_heads: int = 16
@@ -57,7 +59,7 @@ class ModelConfig:
     """Width of a head; 0 means hidden_size / num_heads."""
 
     num_experts: int = 64
-    """Routed experts a layer (E)."""
+    """Routed experts a layer (E); with layer_experts, of the multi-token-prediction block."""
     top_k: int = 6
     """Routed experts a token uses (K)."""
     expert_intermediate_size: int = 512
@@ -118,9 +120,20 @@ class ModelConfig:
         return int(self.head_size * self.partial_rotary) // 2 * 2
 
     @property
+    def block_experts(self) -> tuple[int, ...]:
+        """Routed experts of every block, 0 for a dense one; the block of multi-token prediction comes last."""
+        sparse = self.num_layers - self.num_dense_layers
+        blocks = self.layer_experts or (0,) * self.num_dense_layers + (self.num_experts,) * sparse
+        return tuple(blocks) + (self.num_experts,) * self.has_mtp
+
+    @property
     def num_moe_layers(self) -> int:
         """Blocks with routed experts (L), that of multi-token prediction included."""
-        return self.num_layers - self.num_dense_layers + self.has_mtp
+        return sum(experts > 0 for experts in self.block_experts)
+
+    def with_experts(self, num_experts: int) -> "ModelConfig":
+        """The same shape as one block with `num_experts` sees it."""
+        return replace(self, num_experts=num_experts, layer_experts=())
 
     @property
     def has_mtp(self) -> bool:
@@ -150,7 +163,9 @@ class ModelConfig:
             found.append(f"partial_rotary: {self.partial_rotary} must be in (0, 1]")
         if self.num_dense_layers > self.num_layers:
             found.append(f"num_dense_layers: {self.num_dense_layers} is more than num_layers ({self.num_layers})")
-        if self.num_dense_layers and self.dense_intermediate_size < 1:
+        if self.layer_experts:
+            found += self._layer_problems()
+        if 0 in self.block_experts and self.dense_intermediate_size < 1:
             found.append(f"dense_intermediate_size: {self.dense_intermediate_size} must be at least 1")
         for name in ("rope_theta", "norm_eps", "init_std", "routed_scale"):
             value = getattr(self, name)
@@ -160,32 +175,46 @@ class ModelConfig:
             found.append(f"mtp_weight: {self.mtp_weight} must be finite and not negative; 0 has no such block")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout: {self.dropout} must be in [0, 1)")
-        return found + (self._expert_problems() if self.num_moe_layers > 0 else [])
+        sparse = any(self.layer_experts) if self.layer_experts else self.num_dense_layers < self.num_layers
+        return found + (self._expert_problems() if sparse or self.has_mtp else [])
+
+    def _layer_problems(self) -> list[str]:
+        """Why the experts of single blocks contradict each other or the other fields."""
+        found = []
+        if len(self.layer_experts) != self.num_layers:
+            found.append(
+                f"layer_experts: has {len(self.layer_experts)} entries for num_layers {self.num_layers}; give every "
+                "block one, 0 for a dense block"
+            )
+        if any(experts < 0 for experts in self.layer_experts):
+            found.append(f"layer_experts: {min(self.layer_experts)} is negative; 0 makes a block dense")
+        if any(self.layer_experts[: self.num_dense_layers]):
+            found.append(
+                f"layer_experts: has experts among the first num_dense_layers ({self.num_dense_layers}) blocks; "
+                "lower num_dense_layers"
+            )
+        if any(self.layer_experts) and self.num_experts not in self.block_experts:
+            found.append(
+                f"num_experts: {self.num_experts} is that of no block in layer_experts; set it to one that is, "
+                "or remove layer_experts"
+            )
+        return found
 
     def _expert_problems(self) -> list[str]:
-        found = []
         if self.num_experts < 1:
-            found.append(
-                f"num_experts: {self.num_experts} must be at least 1 (all-dense: num_dense_layers = num_layers)"
-            )
-            return found
-        if not 1 <= self.top_k <= self.num_experts:
-            found.append(f"top_k: {self.top_k} must be between 1 and num_experts ({self.num_experts})")
+            return [f"num_experts: {self.num_experts} must be at least 1 (all-dense: num_dense_layers = num_layers)"]
+        found = []
+        name = "an entry of layer_experts" if self.layer_experts else "num_experts"
+        for experts in sorted({experts for experts in self.block_experts if experts > 0}):
+            found += self.with_experts(experts)._selection_problems(name)
         for name in ("hidden_size", "expert_intermediate_size"):
             value = getattr(self, name)
             if value < 1 or value % _GROUPED_MM_MULTIPLE:
                 found.append(
                     f"{name}: {value} must be a positive multiple of {_GROUPED_MM_MULTIPLE} for grouped products"
                 )
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
-            found.append(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
-        elif not 1 <= self.top_groups <= self.num_groups:
+        if self.num_groups > 0 and not 1 <= self.top_groups <= self.num_groups:
             found.append(f"top_groups: {self.top_groups} must be between 1 and num_groups ({self.num_groups})")
-        elif self.num_groups > 1 and self.top_k > self.num_experts // self.num_groups * self.top_groups:
-            found.append(
-                f"top_k: {self.top_k} experts cannot come from {self.top_groups} groups of "
-                f"{self.num_experts // self.num_groups}; raise top_groups"
-            )
         found += [f"aux_loss.{line}" for line in self.aux_loss.problems()]
         if not 0 <= self.router_jitter < 1:
             found.append(f"router_jitter: {self.router_jitter} must be in [0, 1)")
@@ -195,7 +224,22 @@ class ModelConfig:
             found.append("drop_by: nothing is dropped with capacity_factor 0; set that too or remove this")
         if self.uniform_routing and self.num_groups > 1:
             found.append("uniform_routing: ignores groups; set num_groups to 1")
-        if self.num_groups > 1 and self.num_experts // max(self.num_groups, 1) < 2:
+        return found
+
+    def _selection_problems(self, name: str) -> list[str]:
+        """Why K of `num_experts` experts cannot be chosen; `name`: where that number stands."""
+        found = []
+        if not 1 <= self.top_k <= self.num_experts:
+            found.append(f"top_k: {self.top_k} must be between 1 and {name} ({self.num_experts})")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            found.append(f"num_groups: {self.num_groups} does not divide {name} ({self.num_experts})")
+            return found
+        size = self.num_experts // self.num_groups
+        if 1 <= self.top_groups <= self.num_groups and self.num_groups > 1 and self.top_k > size * self.top_groups:
+            found.append(
+                f"top_k: {self.top_k} experts cannot come from {self.top_groups} groups of {size}; raise top_groups"
+            )
+        if self.num_groups > 1 and size < 2:
             found.append(
                 f"num_groups: {self.num_groups} leaves groups of one expert; a group is scored by its best two"
             )

@@ -28,7 +28,7 @@ from moe.config import LOSS_CHUNK, ModelConfig
 from moe.documents import Layout, document_layout
 from moe.experts import Experts
 from moe.layers import Attention, FeedForward, RMSNorm, rotary_table
-from moe.router import THRESHOLD_BINS, Router, Routing, RoutingStats
+from moe.router import THRESHOLD_BINS, Router, Routing, RoutingStats, count_by_sample
 
 IGNORED_LABEL = -100
 
@@ -43,6 +43,13 @@ class LayerReport(NamedTuple):
     """Auxiliary losses that are known at once, weighted, for each sample."""
     probabilities_BE: Tensor | None
     """Mean normalised score of each expert, for the loss over the global batch."""
+
+
+class Samples(NamedTuple):
+    """Which sample each token of a micro-batch belongs to, where loads are counted by sample."""
+
+    of_token_N: Tensor  # int64, -1 for tokens that are not counted
+    number: int
 
 
 class MoELayer(nn.Module):
@@ -64,10 +71,13 @@ class MoELayer(nn.Module):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x_BTD: Tensor, counted_BT: Tensor) -> tuple[Tensor, LayerReport]:
+    def forward(self, x_BTD: Tensor, counted_BT: Tensor, samples: "Samples | None") -> tuple[Tensor, LayerReport]:
         """Output [B, T, D] and what the layer observed."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND, counted_BT.flatten())
+        if samples is not None:
+            counts_SE = count_by_sample(routing.indices_NK, samples.of_token_N, samples.number, self.num_experts)
+            routing = routing._replace(stats=routing.stats._replace(by_sample_SE=counts_SE))
         y_ND = self.experts(x_ND, routing.indices_NK, routing.gates_NK)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
@@ -96,26 +106,29 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, sparse: bool, parallel_size: int) -> None:
+    def __init__(self, config: ModelConfig, *, num_experts: int, parallel_size: int) -> None:
+        """`num_experts`: routed experts of this block; 0 makes it dense."""
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = (
-            MoELayer(config, parallel_size=parallel_size)
-            if sparse
+            MoELayer(config.with_experts(num_experts), parallel_size=parallel_size)
+            if num_experts
             else FeedForward(config.hidden_size, config.dense_intermediate_size)
         )
         self._dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, layout: Layout, counted_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None = None
+    ) -> tuple[Tensor, LayerReport | None]:
         """Hidden states [B, T, D] and the MoE layer's report, or None for a dense block."""
         mixed_BTD = self.attention(self.attention_norm(x_BTD), layout)
         x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
         normed_BTD = self.mlp_norm(x_BTD)
         report = None
         if isinstance(self.mlp, MoELayer):
-            out_BTD, report = self.mlp(normed_BTD, counted_BT)
+            out_BTD, report = self.mlp(normed_BTD, counted_BT, samples)
         else:
             out_BTD = self.mlp(normed_BTD)
         return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report
@@ -134,15 +147,21 @@ class NextTokenBlock(nn.Module):
         self.hidden_norm = RMSNorm(width, config.norm_eps)
         self.embedding_norm = RMSNorm(width, config.norm_eps)
         self.merge = nn.Linear(2 * width, width, bias=False)
-        self.block = Block(config, sparse=True, parallel_size=parallel_size)
+        self.block = Block(config, num_experts=config.num_experts, parallel_size=parallel_size)
         self.final_norm = RMSNorm(width, config.norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, next_BTD: Tensor, layout: Layout, counted_BT: Tensor
+        self,
+        hidden_BTD: Tensor,
+        next_BTD: Tensor,
+        layout: Layout,
+        counted_BT: Tensor,
+        samples: Samples | None = None,
     ) -> tuple[Tensor, LayerReport]:
         """Hidden states to predict token t+2 from, [B, T, D], and the MoE layer's report."""
         merged_BTD = self.merge(torch.cat([self.hidden_norm(hidden_BTD), self.embedding_norm(next_BTD)], dim=-1))
-        out_BTD, report = self.block(merged_BTD, layout, counted_BT)
+        out_BTD, report = self.block(merged_BTD, layout, counted_BT, samples)
+        assert report is not None
         return self.final_norm(out_BTD), report
 
 
@@ -161,8 +180,8 @@ class MoEDecoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, sparse=index >= config.num_dense_layers, parallel_size=expert_parallel_size)
-            for index in range(config.num_layers)
+            Block(config, num_experts=experts, parallel_size=expert_parallel_size)
+            for experts in config.block_experts[: config.num_layers]
         )
         self.next_token = NextTokenBlock(config, parallel_size=expert_parallel_size) if config.has_mtp else None
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -170,6 +189,7 @@ class MoEDecoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
+        self._samples_per_row = 0
         self._initialize(expert_parallel_size, expert_parallel_rank)
 
     penalty_name = "moe/aux_loss"
@@ -191,7 +211,8 @@ class MoEDecoder(nn.Module):
         the mean over the global batch of features @ penalty_coefficients(statistics summed over the step).
         """
         layout, counted_BT = self._layout(tokens_BT, labels_BT, documents_BT)
-        x_BTD, reports = self._hidden(tokens_BT, layout, counted_BT)
+        samples = self._samples(counted_BT, documents_BT) if self.training and self._samples_per_row else None
+        x_BTD, reports = self._hidden(tokens_BT, layout, counted_BT, samples)
         hidden_BTD = self.final_norm(x_BTD)
         if labels_BT is None:
             self._add_stats([report.stats for report in reports])
@@ -201,7 +222,7 @@ class MoEDecoder(nn.Module):
         penalties = []
         if self.next_token is not None and self.training:
             targets_BT = self._targets_after_next(labels_BT, documents_BT)
-            next_losses_B, report = self._next_token_losses(x_BTD, labels_BT, targets_BT, layout, counted_BT)
+            next_losses_B, report = self._next_token_losses(x_BTD, labels_BT, targets_BT, layout, counted_BT, samples)
             penalties.append(self.config.mtp_weight * next_losses_B)
             reports.append(report)
         self._add_stats([report.stats for report in reports])
@@ -236,6 +257,10 @@ class MoEDecoder(nn.Module):
         for layer in self.moe_layers():
             layer.experts.group = group
 
+    def count_by_sample(self, samples_per_row: int) -> None:
+        """From now on count training loads of each sample too: a row, or each of a row's documents in their order."""
+        self._samples_per_row = samples_per_row
+
     def take_loads(self, kind: CountKind) -> list[RoutingStats]:
         """Loads of every MoE layer on this rank since the last call; then zero.
 
@@ -257,16 +282,28 @@ class MoEDecoder(nn.Module):
         layout = document_layout(cos_Th, sin_Th, documents_BT if config.document_mask else None)
         return layout, torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
 
-    def _hidden(self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor) -> tuple[Tensor, list[LayerReport]]:
+    def _samples(self, counted_BT: Tensor, documents_BT: Tensor | None) -> Samples:
+        """Rows, or the documents of each row in turn, as samples (as in trainer/objective.py)."""
+        batch, per_row = len(counted_BT), self._samples_per_row
+        of_token_BT = torch.arange(batch, device=counted_BT.device).unsqueeze(1) * per_row
+        if per_row > 1:
+            assert documents_BT is not None
+            is_new_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
+            of_token_BT = of_token_BT + is_new_BT.long().cumsum(1).clamp(max=per_row - 1)
+        return Samples(of_token_BT.expand_as(counted_BT).where(counted_BT, -1).flatten(), batch * per_row)
+
+    def _hidden(
+        self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None
+    ) -> tuple[Tensor, list[LayerReport]]:
         config = self.config
         x_BTD = self.embedding(tokens_BT)
         recompute = config.activation_recompute == "block" and self.training and torch.is_grad_enabled()
         reports: list[LayerReport] = []
         for block in self.blocks:
             if recompute:
-                x_BTD, report = checkpoint(block, x_BTD, layout, counted_BT, use_reentrant=False)
+                x_BTD, report = checkpoint(block, x_BTD, layout, counted_BT, samples, use_reentrant=False)
             else:
-                x_BTD, report = block(x_BTD, layout, counted_BT)
+                x_BTD, report = block(x_BTD, layout, counted_BT, samples)
             if report is not None:
                 reports.append(report)
         return x_BTD, reports
@@ -280,15 +317,23 @@ class MoEDecoder(nn.Module):
         return targets_BT.where(follows_BT, IGNORED_LABEL)
 
     def _next_token_losses(
-        self, x_BTD: Tensor, labels_BT: Tensor, targets_BT: Tensor, layout: Layout, counted_BT: Tensor
+        self,
+        x_BTD: Tensor,
+        labels_BT: Tensor,
+        targets_BT: Tensor,
+        layout: Layout,
+        counted_BT: Tensor,
+        samples: Samples | None,
     ) -> tuple[Tensor, LayerReport]:
         """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report."""
         assert self.next_token is not None
         next_BTD = self.embedding(labels_BT.clamp(min=0))
         if self.config.activation_recompute == "block" and torch.is_grad_enabled():
-            hidden_BTD, report = checkpoint(self.next_token, x_BTD, next_BTD, layout, counted_BT, use_reentrant=False)
+            hidden_BTD, report = checkpoint(
+                self.next_token, x_BTD, next_BTD, layout, counted_BT, samples, use_reentrant=False
+            )
         else:
-            hidden_BTD, report = self.next_token(x_BTD, next_BTD, layout, counted_BT)
+            hidden_BTD, report = self.next_token(x_BTD, next_BTD, layout, counted_BT, samples)
         num_targets_B = (targets_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
         return self._token_losses(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
 
@@ -333,7 +378,10 @@ class MoEDecoder(nn.Module):
 
 def _add(a: RoutingStats, b: RoutingStats) -> RoutingStats:
     thresholds_EQ = None if a.thresholds_EQ is None or b.thresholds_EQ is None else a.thresholds_EQ + b.thresholds_EQ
-    return RoutingStats(a.counts_E + b.counts_E, a.dropped + b.dropped, thresholds_EQ)
+    by_sample_SE = (
+        None if a.by_sample_SE is None or b.by_sample_SE is None else torch.cat([a.by_sample_SE, b.by_sample_SE])
+    )
+    return RoutingStats(a.counts_E + b.counts_E, a.dropped + b.dropped, thresholds_EQ, by_sample_SE)
 
 
 def _no_stats(layer: MoELayer, kind: CountKind) -> RoutingStats:

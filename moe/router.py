@@ -34,6 +34,17 @@ class RoutingStats(NamedTuple):
     """Choices beyond an expert's capacity, scalar."""
     thresholds_EQ: Tensor | None
     """Histogram of the bias at which each expert would just have been chosen, if somebody asked for it."""
+    by_sample_SE: Tensor | None = None
+    """The counts of each sample of this rank in the order of the forwards, int32, if somebody asked for them."""
+
+
+def count_by_sample(indices_NK: Tensor, samples_N: Tensor, num_samples: int, num_experts: int) -> Tensor:
+    """Tokens of each sample that chose each expert, int32 [S, E]; tokens whose sample is -1 are left out."""
+    flat_NK = samples_N.unsqueeze(1) * num_experts + indices_NK
+    left_out = num_samples * num_experts
+    flat_NK = torch.where(samples_N.unsqueeze(1) >= 0, flat_NK, left_out).flatten()
+    counts = torch.zeros(left_out + 1, dtype=torch.int32, device=indices_NK.device)
+    return counts.scatter_add_(0, flat_NK, torch.ones_like(flat_NK, dtype=torch.int32))[:-1].view(-1, num_experts)
 
 
 class Routing(NamedTuple):
@@ -156,6 +167,16 @@ class Router(nn.Module):
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
         self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
         self.expert_bias_E.fill_(1.0 if multiplicative else 0.0)
+
+    @property
+    def selects_by_price(self) -> bool:
+        """Whether a token takes the TopK of score + bias, so that the biases are prices in the sense of moe/theory.py.
+
+        Not with groups or uniform routing. A multiplicative bias sets prices on the logarithm of the scores: its gap
+        would be in other units than everybody's.
+        """
+        config = self._config
+        return not (self._multiplicative or config.num_groups > 1 or config.uniform_routing)
 
     def threshold_range(self) -> tuple[Tensor, Tensor]:
         """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""

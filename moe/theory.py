@@ -7,7 +7,11 @@ part takes the TopK of g + p, and a balancing rule is a step on the prices. Each
 Shape letters: T tokens, E experts, K experts a token takes.
 """
 
+import math
+from itertools import pairwise
+
 import networkx
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +103,80 @@ def best_balanced_value(scores_TE: Tensor, top_k: int) -> float:
         graph.add_node(("expert", k), demand=int(load))
     cost, _ = networkx.network_simplex(graph)
     return -cost / 1e6
+
+
+def rebalanced_value(scores_TE: Tensor, prices_E: Tensor, top_k: int) -> float:
+    """The same value as `best_balanced_value`, found from the assignment that the prices make; fast where it is near.
+
+    Among all assignments with its own loads, the TopK of g + p is best. Each round hands one choice along the cheapest
+    chain of exchanges (a token gives up expert j for expert k at a loss of g_ij - g_ik) from an overloaded expert to an
+    underloaded one, which keeps that true of the new loads (successive shortest paths), until all loads are L. Costs
+    O(TE) for each choice in excess of L. Raises ValueError unless L is whole.
+    """
+    g_TE = scores_TE.double().cpu().numpy()
+    x_TE = assign(scores_TE.double(), prices_E.double(), top_k).bool().cpu().numpy()
+    load = mean_load(scores_TE, top_k)
+    if load != int(load):
+        raise ValueError(f"K T / E = {load} is not whole: no assignment is perfectly balanced")
+    experts = g_TE.shape[1]
+    loss_EE, giver_EE = np.empty((experts, experts)), np.empty((experts, experts), dtype=np.int64)
+    changed = set(range(experts))
+    excess_E = x_TE.sum(axis=0) - int(load)
+    while excess_E.any():
+        for j in changed:  # the cheapest exchange from j to any other, and from any other to j
+            own_t = np.flatnonzero(x_TE[:, j])
+            if len(own_t):
+                from_j_tE = np.where(x_TE[own_t], np.inf, g_TE[own_t, j : j + 1] - g_TE[own_t])
+                giver_EE[j] = own_t[from_j_tE.argmin(axis=0)]
+                loss_EE[j] = from_j_tE.min(axis=0)
+            else:
+                loss_EE[j] = np.inf
+            free_t = np.flatnonzero(~x_TE[:, j])
+            if len(free_t):
+                to_j_tE = np.where(x_TE[free_t], g_TE[free_t] - g_TE[free_t, j : j + 1], np.inf)
+                giver_EE[:, j] = free_t[to_j_tE.argmin(axis=0)]
+                loss_EE[:, j] = to_j_tE.min(axis=0)
+            else:
+                loss_EE[:, j] = np.inf
+        chain = _cheapest_chain(loss_EE, excess_E > 0, excess_E < 0)
+        for j, k in pairwise(chain):
+            token = giver_EE[j, k]
+            x_TE[token, j], x_TE[token, k] = False, True
+        excess_E[chain[0]] -= 1
+        excess_E[chain[-1]] += 1
+        changed = set(chain)
+    return float(g_TE[x_TE].sum())
+
+
+def _cheapest_chain(loss_EE: np.ndarray, givers_E: np.ndarray, takers_E: np.ndarray) -> list[int]:
+    """Experts along the cheapest path from any giver to any taker; losses may be negative, cycles are not (Bellman)."""
+    distance_E = np.where(givers_E, 0.0, np.inf)
+    previous_E = np.full(len(distance_E), -1)
+    while True:
+        through_EE = distance_E[:, None] + loss_EE
+        best_E = through_EE.min(axis=0)
+        better_E = best_E < distance_E - 1e-12
+        if not better_E.any():
+            break
+        previous_E = np.where(better_E, through_EE.argmin(axis=0), previous_E)
+        distance_E = np.where(better_E, best_E, distance_E)
+    chain = [int(np.where(takers_E, distance_E, np.inf).argmin())]
+    while previous_E[chain[0]] >= 0:
+        chain.insert(0, int(previous_E[chain[0]]))
+    return chain
+
+
+def gap_per_token(scores_TE: Tensor, prices_E: Tensor, top_k: int) -> float:
+    """Duality gap of a sample, d(p) - best balanced value, for each of its tokens.
+
+    Uses the first tokens, as many as make L whole; NaN if there are too few.
+    """
+    unit = scores_TE.shape[1] // math.gcd(scores_TE.shape[1], top_k)
+    kept_TE = scores_TE[: len(scores_TE) // unit * unit].double()
+    if not len(kept_TE):
+        return math.nan
+    gap = float(dual_value(kept_TE, prices_E.double(), top_k)) - rebalanced_value(kept_TE, prices_E, top_k)
+    return gap / len(kept_TE)
 
 
 def duality_gap(scores_TE: Tensor, prices_E: Tensor, top_k: int) -> float:

@@ -129,7 +129,7 @@ class SampleReweightHook(Hook):
         self._histogram_Q = torch.zeros(BINS, dtype=torch.float64)
         self._window_steps = 0
         """Applied steps that are in the histogram of `running` statistics."""
-        self._low = self._high = torch.zeros(())
+        self._low = self._high = torch.zeros((), dtype=torch.float64)
         self._frozen_steps = 0
         """Applied steps that are in the ends of the loss scale of frozen steps."""
         self._exact_until = 0
@@ -179,8 +179,8 @@ class SampleReweightHook(Hook):
         elif self._run.is_frozen:
             ends = self._ends(step.losses_B, step.valid_B)
             decay = _FROZEN_DECAY if self._frozen_steps else 0.0
-            self._low = torch.lerp(ends.low.float(), self._low, decay)
-            self._high = torch.lerp(ends.high.float(), self._high, decay)
+            self._low = torch.lerp(ends.low.double(), self._low, decay)
+            self._high = torch.lerp(ends.high.double(), self._high, decay)
             self._frozen_steps += 1
 
     def frozen_weights(self, applied_steps: int) -> FrozenWeights | None:
@@ -191,7 +191,7 @@ class SampleReweightHook(Hook):
         if not known_steps or applied_steps < self._exact_until:
             return None
         if is_running:
-            ends = _float(histogram_range(self._histogram_Q, config.reference.quantile))
+            ends = histogram_range(self._histogram_Q, config.reference.quantile)
         else:
             ends = LossRange(self._low, self._high)
         # Any constant will do that keeps exponents small: scores of normalised losses are at most about alpha.
@@ -239,7 +239,7 @@ class SampleReweightHook(Hook):
         own = batch_range(losses_B, valid_B, 0.0 if reference.kind == "minmax" else reference.quantile)
         if reference.kind != "running":
             return own
-        past = _float(histogram_range(self._histogram_Q, reference.quantile))
+        past = histogram_range(self._histogram_Q, reference.quantile)
         return LossRange(
             torch.where(past.low.isnan(), own.low, past.low), torch.where(past.high.isnan(), own.high, past.high)
         )
@@ -283,7 +283,3 @@ def _record_samples(step: StepContext, weights_B: Tensor) -> None:
     step.record("reweight/samples/tokens", step.tokens_B)
     step.record("reweight/samples/loss", step.losses_B)
     step.record("reweight/samples/weight", weights_B * step.valid_B.sum())
-
-
-def _float(ends: LossRange) -> LossRange:
-    return LossRange(ends.low.float(), ends.high.float())

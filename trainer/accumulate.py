@@ -53,9 +53,9 @@ class Forwarded(NamedTuple):
     """What one forward gave, by sample."""
 
     losses_s: Tensor
-    """Mean cross-entropy, float32, as hooks see it."""
+    """Mean cross-entropy, float64 without a graph, as hooks see it."""
     weighted_s: Tensor
-    """What is differentiated: the same, or with token weights sum_t v_t CE_t / n."""
+    """What is differentiated, float32: the same, or with token weights sum_t v_t CE_t / n."""
     token_weights_s: Tensor | None
     """Sum of the token weights; None if there are none."""
     features_bX: Tensor | None
@@ -167,7 +167,7 @@ class _StepRun:
             forwarded = self._forward(m)
             valid_s = self._tokens[m] > 0
             factors_s = self._factor_of(self._splits[m].spread(self._batches[m].domains_b))
-            weights_s = weights(forwarded.losses_s.detach(), valid_s)
+            weights_s = weights(forwarded.losses_s, valid_s)
             numerators.append(coefficient_numerators(self._tokens[m], weights_s, self._normalization, factors_s))
             if m < last:  # the last one waits until all losses are known to be finite
                 self._engine.backward(objective.share(forwarded.weighted_s, numerators[m], None), last=False)
@@ -222,7 +222,9 @@ class _StepRun:
         token_losses_bT, features_bX, statistics_Y = (output, None, None) if isinstance(output, Tensor) else output
         token_losses_bT = token_losses_bT.float()
         count_s = tokens_s.clamp(min=1)
-        losses_s = weighted_s = split.sums(token_losses_bT) / count_s
+        weighted_s = split.sums(token_losses_bT) / count_s
+        # In float64: a scale between the least and the largest loss blows up what float32 rounds off a mean.
+        losses_s = split.sums(token_losses_bT.detach().double()) / count_s
         weights_bT = self._hooks.token_weights(token_losses_bT.detach())
         token_weights_s = None
         if weights_bT is not None:
@@ -230,7 +232,7 @@ class _StepRun:
             weighted_s = split.sums(token_losses_bT * weights_bT) / count_s
             token_weights_s = split.sums(weights_bT)
         if m == len(self._losses):
-            self._losses.append(losses_s.detach())
+            self._losses.append(losses_s)
             if token_weights_s is not None:
                 self._token_weights.append(token_weights_s)
             if statistics_Y is not None:
@@ -256,12 +258,12 @@ class _StepRun:
             parts_B=batch.parts_B,
             domains_B=batch.domains_B,
             tokens_B=batch.tokens_B,
-            losses_B=batch.losses_B,
+            losses_B=batch.values["losses"],
             used_B=None if gradient_scale is None else coefficients_B,
             own_S=self._own_positions(),
             recorder=self._recorder,
         )
-        finite_B = torch.isfinite(batch.losses_B)
+        finite_B = torch.isfinite(context.losses_B)
         all_finite, any_tokens, stop = torch.stack([finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]).tolist()
         reason = "" if any_tokens else "no sample has a target token"
         if not all_finite:

@@ -7,6 +7,7 @@ Shape letters: D domains.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +59,18 @@ class HeldoutLoss:
 
 
 def evaluate(
-    model: nn.Module, corpus: TokenCorpus, config: EvaluationConfig, *, batch_size: int, device: torch.device
+    model: nn.Module,
+    corpus: TokenCorpus,
+    config: EvaluationConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+    after_domain: Callable[[int], None] | None = None,
 ) -> HeldoutLoss:
-    """Mean cross-entropy of the held-out split. Every rank calls it; the model's mode is restored."""
+    """Mean cross-entropy of the held-out split. Every rank calls it; the model's mode is restored.
+
+    `after_domain` is told each domain's number once its rows have been forwarded.
+    """
     sums_2D = torch.zeros(2, len(corpus.domain_names), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -78,6 +88,8 @@ def evaluate(
                     losses_BT = model(rows.tokens_ST.to(device), labels_BT, rows.documents_ST.to(device))
                     sums_2D[0, domain] += losses_BT.double().sum()
                     sums_2D[1, domain] += (labels_BT >= 0).sum()
+                if after_domain is not None:
+                    after_domain(domain)
     finally:
         model.train(was_training)
     ranks.all_reduce_(sums_2D)

@@ -24,11 +24,6 @@ class GlobalBatch(NamedTuple):
     stop: Tensor  # bool scalar: some rank was asked to stop
     values: dict[str, Tensor]  # float64 [B] each
 
-    @property
-    def losses_B(self) -> Tensor:
-        """Mean cross-entropy, float32; 0 where there are no target tokens."""
-        return self.values["losses"].float()
-
 
 def gather_step(
     batches: Sequence[MicroBatch],
@@ -40,7 +35,7 @@ def gather_step(
 ) -> GlobalBatch:
     """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
 
-    float64 holds ids up to 2^53 and float32 losses exactly, so one tensor and one collective carry all.
+    float64 holds ids up to 2^53 exactly, so one tensor and one collective carry all.
     """
     ids_S = torch.cat([split.spread(batch.sample_ids_b) for batch, split in zip(batches, splits, strict=True)])
     domains_S = torch.cat([split.spread(batch.domains_b) for batch, split in zip(batches, splits, strict=True)])

@@ -11,7 +11,8 @@ The loop, with every event in place:
         before_step(step)
         result = engine.step()     applied or skipped, decided alike on every rank
         after_step(step, result)   the owner of "expert_bias" moves it here, only when result.applied
-        every n steps: on_evaluate(evaluation), checkpoint, metrics
+        every n steps: on_evaluate_domain(domain) after each held-out domain, on_evaluate(evaluation), checkpoint,
+                       metrics
     on_stop(reason)                always called; no collectives when the reason is an error
 
 Decisions:
@@ -74,6 +75,10 @@ class RunContext:
     run_dir: Path
     device: torch.device
     seed: int
+    samples_per_row: int
+    """Samples that each row counts as: 1, or the most documents a row may hold where documents are weighed."""
+    has_weights: bool
+    """Whether some hook weighs samples or domains."""
     is_frozen: bool
     """Whether steps run with weights that are fixed before them (train.accumulation=frozen)."""
     excerpts: Callable[[Sequence[tuple[int, int | None]]], list[str]]
@@ -92,7 +97,7 @@ class StepContext:
     parts_B: Tensor  # int64, which document of its row; 0 where rows are the samples
     domains_B: Tensor  # int64, index into RunContext.domain_names
     tokens_B: Tensor  # int64, target tokens that count in the loss
-    losses_B: Tensor  # float32, detached mean cross-entropy; 0 where tokens_B is 0
+    losses_B: Tensor  # float64, detached mean cross-entropy; 0 where tokens_B is 0
     own_S: Tensor  # int64, where this rank's samples lie among all, in the order they were forwarded
     recorder: Recorder
     used_B: Tensor | None = None
@@ -109,7 +114,7 @@ class StepContext:
 
     @property
     def weights_B(self) -> Tensor | None:
-        """Sample weights of this step (float32, sum to one, zero where invalid), or None if nobody set them."""
+        """Sample weights of this step (sum to one, zero where invalid), or None if nobody set them."""
         return self._weights_B
 
     @weights_B.setter
@@ -156,6 +161,8 @@ class Hook:
 
     owns: frozenset[str] = frozenset()
     """Writable slots this hook owns. Two owners of one slot are refused when the run is built."""
+    needs: frozenset[str] = frozenset()
+    """Slots that some hook must own for this one to do its work; a run without an owner is refused."""
     needs_batch_losses: bool = False
     """True if `on_losses` must see every loss of the step before the first backward (to set weights)."""
     weighs: Literal["rows", "documents"] = "rows"
@@ -199,6 +206,9 @@ class Hook:
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """The optimizer moved, or the step was skipped."""
 
+    def on_evaluate_domain(self, domain: int) -> None:
+        """The model has just seen, in eval mode, this rank's held-out rows of a domain (index into `domain_names`)."""
+
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         """An evaluation has ended; the model has seen the held-out data in eval mode."""
 
@@ -228,6 +238,9 @@ class HookList:
                         f"hooks.{name}: '{slot}' is already owned by hooks.{owners[slot]}; disable one of them"
                     )
                 owners[slot] = name
+        for name, hook in self._hooks.items():
+            for slot in sorted(hook.needs - owners.keys()):
+                raise ConfigError(f"hooks.{name}: needs a hook that sets '{slot}'; enable one or change its options")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -237,6 +250,11 @@ class HookList:
     def needs_batch_losses(self) -> bool:
         """True if losses of the whole step must be known before its first backward. Owning weights implies it."""
         return any(hook.needs_batch_losses or hook.owns & {"weights", "token_weights"} for hook in self._hooks.values())
+
+    @property
+    def has_weights(self) -> bool:
+        """True if samples or domains get weights."""
+        return any(hook.owns & {"weights", "domain_factors"} for hook in self._hooks.values())
 
     @property
     def weighs_documents(self) -> bool:
@@ -289,6 +307,10 @@ class HookList:
     def after_step(self, step: StepContext, result: StepResult) -> None:
         for hook in self._hooks.values():
             hook.after_step(step, result)
+
+    def on_evaluate_domain(self, domain: int) -> None:
+        for hook in self._hooks.values():
+            hook.on_evaluate_domain(domain)
 
     def on_evaluate(self, evaluation: EvaluationContext) -> None:
         for hook in self._hooks.values():

@@ -137,7 +137,7 @@ class Trainer:
             ),
             normalization=self.config.loss_normalization,
             num_micro_batches=self.config.global_batch_size // (self.config.micro_batch_size * ranks.world_size()),
-            samples_per_row=self.corpus.documents_per_row if self.hooks.weighs_documents else 1,
+            samples_per_row=self.run.samples_per_row,
             device=self.run.device,
         )
 
@@ -230,6 +230,7 @@ class Trainer:
             self.evaluation,
             batch_size=self.config.micro_batch_size,
             device=self.run.device,
+            after_domain=self.hooks.on_evaluate_domain,
         )
         buffer = MetricBuffer()
         buffer.record("step", self.state.step)

@@ -33,13 +33,13 @@ class MetricBuffer:
         self._closed: list[dict[str, MetricValue]] = []
 
     def record(self, name: str, value: MetricValue, reduction: MetricReduction = "same") -> None:
-        """Add one value, or a vector of them, to the open row.
+        """Add one value, or a vector or matrix of them, to the open row.
 
-        `reduction` says how ranks that hold different values become one number; a vector must be the same on all.
-        Raises ValueError if the row has the name already, or if a vector comes with a reduction.
+        `reduction` says how ranks that hold different values become one number; an array must be the same on all.
+        Raises ValueError if the row has the name already, or if an array comes with a reduction.
         """
         if reduction != "same" and isinstance(value, Tensor) and value.ndim:
-            raise ValueError(f"metric '{name}' is a vector: it cannot be reduced by {reduction}")
+            raise ValueError(f"metric '{name}' is an array: it cannot be reduced by {reduction}")
         if name in self._open:
             raise ValueError(f"metric '{name}' is recorded twice in one step")
         self._open[name] = (value.detach() if isinstance(value, Tensor) else value, reduction)
@@ -59,7 +59,7 @@ class MetricBuffer:
         self._open = {}
 
     def flush(self) -> list[Row]:
-        """Finished rows as host numbers (vectors as lists), by one copy from the device, and forget them."""
+        """Finished rows as host numbers (arrays as nested lists), by one copy from the device, and forget them."""
         rows, self._closed = self._closed, []
         tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
         host: list[float] = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist() if tensors else []
@@ -69,7 +69,9 @@ class MetricBuffer:
             if not isinstance(value, Tensor):
                 return value
             kind = float if value.is_floating_point() else int
-            found = [kind(next(values)) for _ in range(value.numel())]
+            found: Any = [kind(next(values)) for _ in range(value.numel())]
+            for size in reversed(value.shape[1:]):
+                found = [found[start : start + size] for start in range(0, len(found), size)]
             return found if value.ndim else found[0]
 
         return [{name: on_host(value) for name, value in row.items()} for row in rows]

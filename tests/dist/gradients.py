@@ -45,11 +45,11 @@ def engine_gradients(config: RunConfig, corpus: TokenCorpus) -> dict[str, Tensor
         engine, hooks, mode=config.train.mode(needs_whole_step=hooks.needs_batch_losses),
         normalization=config.train.loss_normalization,
         num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * ranks.world_size()),
-        samples_per_row=corpus.documents_per_row if hooks.weighs_documents else 1, device=run.device,
+        samples_per_row=run.samples_per_row, device=run.device,
     )  # fmt: skip
     if run.is_frozen:  # as if a step had gone before; `linear` weights need no more than that
         _, state = hooks.state_dict()["sample_reweight"]
-        hooks.load_state_dict({"sample_reweight": (2, state | {"frozen_steps": 1, "high": torch.tensor(6.0)})})
+        hooks.load_state_dict({"sample_reweight": (2, state | {"frozen_steps": 1, "high": torch.tensor(6.0, dtype=torch.float64)})})
     batches = next(open_loader(config, corpus).batches(0))
     done = accumulator.run(batches, step=1, applied_steps=0, recorder=MetricBuffer(), stop=False)
     assert not done.skip_reason

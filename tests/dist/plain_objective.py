@@ -32,13 +32,16 @@ class PlainObjective:
             names = corpus.domain_names
             alpha = torch.tensor([self._domains["weights"].get(name, 1.0) for name in names], dtype=torch.float64)
             self._alpha = alpha / alpha.sum()
+        self._excess = dict.fromkeys(range(len(corpus.domain_names)), 0.0)
+        self.token_coefficients_BT = torch.empty(0)
+        """Weight of each token's loss in the last objective, without token weights."""
 
     def __call__(self, batch: Rows, token_losses_BT: Tensor, step: int) -> Tensor:
         """The scalar to differentiate. `step` counts from 0."""
         samples = self._samples(batch)
         counted = batch.labels_ST != -100
-        means = [token_losses_BT[row][own].mean() for row, own in samples]
-        weights = self._weights(torch.stack(means).detach().double(), step)
+        means = [token_losses_BT[row][own].detach().double().mean() for row, own in samples]
+        weights = self._weights(torch.stack(means), step)
         numerators = []
         for (row, own), weight in zip(samples, weights, strict=True):
             numerators.append(weight * self._factor(int(batch.domains_S[row])))
@@ -48,9 +51,11 @@ class PlainObjective:
         token_weights = self._token_weights(token_losses_BT.detach())
         mean_token_weight = token_weights[counted].mean()
         objective = torch.zeros(())
+        self.token_coefficients_BT = torch.zeros(token_losses_BT.shape, dtype=torch.float64)
         for (row, own), numerator in zip(samples, numerators, strict=True):
             loss = (token_weights[row][own] * token_losses_BT[row][own]).sum() / own.sum()
             objective = objective + float(numerator / total) * loss / mean_token_weight
+            self.token_coefficients_BT[row][own] = float(numerator / total) / int(own.sum())
         self._move_domains(batch, token_losses_BT.detach())
         return objective
 
@@ -99,7 +104,10 @@ class PlainObjective:
             return
         for domain, name in enumerate(self._corpus.domain_names):
             own = (batch.labels_ST != -100) & (batch.domains_S == domain).unsqueeze(1)
-            excess = max(float(losses_BT[own].mean()) - self._domains["reference_losses"][name], 0.0)
-            self._alpha[domain] *= math.exp(self._domains["eta"] * excess)
+            if own.any():  # else the domain keeps the excess it had
+                self._excess[domain] = max(
+                    float(losses_BT[own].double().mean()) - self._domains["reference_losses"][name], 0.0
+                )
+            self._alpha[domain] *= math.exp(self._domains["eta"] * self._excess[domain])
         smoothing = self._domains["smoothing"]
         self._alpha = (1 - smoothing) * self._alpha / self._alpha.sum() + smoothing / len(self._alpha)

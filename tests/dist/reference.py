@@ -28,8 +28,9 @@ def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tens
     for handle in handles:
         handle.remove()
     aux, total = config.model.aux_loss, torch.zeros(())
-    experts, top_k = config.model.num_experts, config.model.top_k
+    top_k = config.model.top_k
     for scores, logits, indices in seen:
+        experts = scores.shape[1]
         probabilities = scores / scores.sum(1, keepdim=True)
         share = torch.bincount(indices.flatten(), minlength=experts) / indices.numel()
         total = total + aux.global_batch * experts * (share * probabilities.mean(0)).sum()
@@ -73,6 +74,11 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
             group["lr"] = config.optimizer.learning_rate * rate
         ids = torch.arange(step * train.global_batch_size, (step + 1) * train.global_batch_size)
         batch = corpus.train_batch(ids.numpy())
+        chosen: list[Tensor] = []
+        handles = [
+            layer.router.register_forward_hook(lambda _, __, routing: chosen.append(routing.indices_NK))  # noqa: B023
+            for layer in model.moe_layers()
+        ]
         penalty = torch.zeros(())
         if config.model.has_mtp:  # the block itself is compared with its definition in tests/moe
             token_losses, features, _ = model(batch.tokens_ST, batch.labels_ST, batch.documents_ST)
@@ -80,6 +86,8 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         else:
             logits = model(batch.tokens_ST, None, batch.documents_ST)
             token_losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_ST, reduction="none")
+        for handle in handles:
+            handle.remove()
         optimizer.zero_grad()
         loads = model.take_loads("train")
         if config.model.aux_loss.any:
@@ -88,13 +96,17 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         losses.append((token_losses.sum() / (batch.labels_ST != -100).sum()).item())
-        for layer, stats, state in zip(model.moe_layers(), loads, states, strict=True):
+        for layer, stats, state, indices in zip(model.moe_layers(), loads, states, chosen, strict=True):
             router = layer.router
+            load = stats.counts_E
+            if config.hooks["expert_bias"]["count"] == "weight":
+                per_token = objective.token_coefficients_BT.flatten() * int((batch.labels_ST != -100).sum())
+                load = torch.stack([per_token[(indices == e).any(1)].sum() for e in range(layer.num_experts)])
             low, high = router.threshold_range()
             share = router.top_k / router.num_experts
             bias, new_state = apply_rule(
                 rule,
-                Loads(stats.counts_E, stats.thresholds_EQ, low, high, share),
+                Loads(load, stats.thresholds_EQ, low, high, share),
                 router.expert_bias_E,
                 state,
                 n=step + 1,

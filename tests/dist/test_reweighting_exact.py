@@ -12,9 +12,10 @@ from configs.loader import load_run_config
 from launch._corpus import open_corpus
 from tests.dist.reference import train_reference
 from tests.dist.seams import SEAMS
-from tests.harness import deterministic, losses, rows, run, run_trainings, tiny_config
+from tests.harness import deterministic, losses, rows, run, run_trainings, tiny_config, write_corpus_source
 from trainer.data.config import DataConfig
 from trainer.data.corpus import TokenCorpus
+from trainer.data.prepare import prepare
 
 REWEIGHT = "hooks.sample_reweight"
 DOCUMENTS = ["model.document_mask=true", "data.packing=best_fit", f"{REWEIGHT}.weigh=documents"]
@@ -40,6 +41,7 @@ METHODS: dict[str, list[str]] = {
     "only tokens, satimp": ["hooks.token_reweight.strategy=satimp", f"{REWEIGHT}.enabled=false"],
     "only domains": [*DOMAINS, f"{REWEIGHT}.enabled=false"],
     "linear": LINEAR,
+    "loads by weight": ["hooks.expert_bias.count=weight", f"{REWEIGHT}.temperature.value=0.2"],
 }  # fmt: skip
 CUTS: dict[str, tuple[int, list[str]]] = {
     "1x4": (1, ["train.micro_batch_size=2"]),
@@ -69,7 +71,8 @@ FAST = [
     ("linupper", "1x4"), ("quadratic by samples", "2x2"), ("extremes between quantiles", "1x4 two passes"),
     ("documents", "2x2 experts over 2"), ("documents by samples", "1x4 recomputed"), ("token weights", "2x4 two passes"),
     ("domain weights", "2x2"), ("documents, tokens and DoReMi", "2x2"), ("only tokens, satimp", "1x4"),
-    ("only domains", "2x2"), ("linear", "1x4"), *[("linear", cut) for cut in FROZEN],
+    ("only domains", "2x2"), ("linear", "1x4"),
+    ("loads by weight", "2x2 experts over 2"), ("loads by weight", "1x4 two passes"), *[("linear", cut) for cut in FROZEN],
 ]  # fmt: skip
 SLOW = [case for case in ALL if case not in FAST]
 # frozen + DoReMi + tokens + documents: everything that rescales, at once, by the one scalar at the end.
@@ -81,9 +84,22 @@ def slug(method: str, cut: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On documents so short that several share a row of 32 tokens."""
+    folder = tmp_path_factory.mktemp("reweighting")
+    documents = [json.loads(line) for line in write_corpus_source(folder / "long.jsonl").read_text().splitlines()]
+    with (folder / "short.jsonl").open("w") as file:
+        for document in documents[::3]:
+            text = document["text"]
+            for start in range(0, len(text) - 120, 300):
+                piece = text[start : start + 15 + (start * 7) % 90]
+                file.write(json.dumps({"text": piece, "domain": document["domain"]}) + "\n")
+    data_config = DataConfig(
+        path=str(folder / "prepared"), source=str(folder / "short.jsonl"), vocab_size=320, heldout_fraction=0.1
+    )
+    prepare(data_config)
     return tiny_config(
-        tmp_path_factory.mktemp("reweighting"), data_config,
+        folder, data_config,
         train={"steps": 10}, checkpoint={"every": 0}, evaluation={"every": 0, "max_rows": 1},
         hooks={"sample_reweight": {"frozen": {"tolerance": 1e9}}},
         optimizer={"eps": 1e-6},  # with a smaller one Adam blows rounding up to a step where gradients vanish

@@ -26,6 +26,10 @@ BAD_VALUES = {
     "model.top_k=9": "top_k: 9 must be between 1 and num_experts (8)",
     "model={num_heads: 12, num_kv_heads: 12}": "num_heads: 12 does not divide hidden_size (32)",
     "model.num_kv_heads=3": "num_kv_heads: 3 does not divide num_heads (4)",
+    "model.layer_experts=[0,8]": "layer_experts: has 2 entries for num_layers 3",
+    "model.layer_experts=[0,eight,8]": "model.layer_experts",
+    "model.layer_experts=[0,4,16]": "num_experts: 8 is that of no block in layer_experts",
+    "hooks.expert_bias.gap_tokens=-1": "gap_tokens: -1 is negative",
     "model.num_groups=3": "num_groups: 3 does not divide num_experts (8)",
     "model.expert_intermediate_size=20": "20 must be a positive multiple of 8",
     "train.global_batch_size=7": "not divisible by micro_batch_size x ranks = 2 x 1 = 2",
@@ -152,6 +156,19 @@ def test_dryrun_refuses_a_layout(tmp_path: Path, data_config: DataConfig, capsys
     config = tiny_config(tmp_path, data_config)
     assert run_command(dryrun.main, [str(config), "--world-size", "3"]) == 2
     assert "2 x 3 = 6" in capsys.readouterr().err
+
+
+def test_expert_parallelism_is_checked_for_every_layer(
+    tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, data_config, engine={"expert_parallel_size": 4, "zero_stage": 1})
+    layers = ["model.num_layers=4", "model.layer_experts=[0,8,6,10]"]
+    assert run_command(dryrun.main, [str(config), "--world-size", "4", *layers]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "expert_parallel_size: 4 does not divide an entry of model.layer_experts (6)" in lines[0]
+    assert "(10)" in lines[1]
+    assert run_command(dryrun.main, [str(config), "--world-size", "4", layers[0], "model.layer_experts=[0,8,4,0]"]) == 0
 
 
 def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: DataConfig) -> None:

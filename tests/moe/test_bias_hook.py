@@ -39,7 +39,8 @@ def started(rule: str = "sign", clamp: float = 0.0, **changes: Any) -> tuple[Exp
 def run_of(model: nn.Module) -> RunContext:
     return RunContext(
         model=model, total_steps=9, global_batch_size=4, domain_names=("a",), domain_shares=(1.0,), run_dir=Path(),
-        seed=0, device=torch.device("cpu"), is_frozen=False, excerpts=lambda samples: [""] * len(samples),
+        seed=0, device=torch.device("cpu"), samples_per_row=1, has_weights=False,
+        is_frozen=False, excerpts=lambda samples: [""] * len(samples),
     )  # fmt: skip
 
 

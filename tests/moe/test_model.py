@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.arithmetic import count_parameters, flops_per_token
-from moe.config import ModelConfig
+from moe.config import AuxLossConfig, ModelConfig
 from moe.documents import Layout
 from moe.grouped import experts_forward
-from moe.layers import rotary_table
+from moe.layers import FeedForward, rotary_table
 from moe.model import LOSS_CHUNK, MoEDecoder
 
 SMALL = ModelConfig(
@@ -159,6 +159,9 @@ def test_loads_are_of_training_forwards_with_gradients_only() -> None:
         {"qk_norm": True, "attention_bias": True, "num_shared_experts": 0, "num_dense_layers": 0},
         {"num_dense_layers": 3, "head_dim": 16, "partial_rotary": 0.5},
         {"mtp_weight": 0.3},
+        {"layer_experts": (0, 4, 8)},
+        {"layer_experts": (4, 0, 16), "num_dense_layers": 0, "num_experts": 16, "mtp_weight": 0.3},
+        {"layer_experts": (0, 0, 0)},
     ],
 )
 def test_arithmetic_equals_the_tensors(changes: dict[str, object]) -> None:
@@ -168,8 +171,42 @@ def test_arithmetic_equals_the_tensors(changes: dict[str, object]) -> None:
         model = MoEDecoder(config, vocab_size=VOCAB)
     count = count_parameters(config, VOCAB)
     assert count.num_total == sum(parameter.numel() for parameter in model.parameters())
-    unused = config.num_moe_layers * (config.num_experts - config.top_k) * 3 * 32 * 16
+    unused = sum(layer.num_experts - config.top_k for layer in model.moe_layers()) * 3 * 32 * 16
     assert count.num_active == count.num_total - unused
+
+
+def test_layers_may_differ() -> None:
+    """Experts of each block as configured, and everything that is counted by layer has its length."""
+    model = small_model(
+        layer_experts=(4, 0, 16), num_dense_layers=0, num_experts=16, aux_loss=AuxLossConfig(global_batch=1.0)
+    )
+    assert [layer.num_experts for layer in model.moe_layers()] == [4, 16]
+    assert [layer.experts.down.shape[0] for layer in model.moe_layers()] == [4, 16]
+    assert isinstance(model.blocks[1].mlp, FeedForward)
+    tokens_BT, labels_BT = tokens_and_labels()
+    _, features_BX, statistics_Y = model(tokens_BT, labels_BT)
+    counts = model.take_counts("train")
+    assert [len(counts_E) for counts_E in counts] == [4, 16]
+    assert torch.equal(statistics_Y, torch.cat(counts))
+    assert len(model.penalty_coefficients(statistics_Y)) == features_BX.shape[1] == 1 + 4 + 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_experts": (0, 8)}, "layer_experts: has 2 entries for num_layers 3"),
+        ({"layer_experts": (8, 8, 8)}, "lower num_dense_layers"),
+        ({"layer_experts": (0, -1, 8)}, "layer_experts: -1 is negative"),
+        ({"layer_experts": (0, 4, 16)}, "num_experts: 8 is that of no block"),
+        ({"layer_experts": (0, 1, 8)}, "top_k: 2 must be between 1 and an entry of layer_experts (1)"),
+        ({"layer_experts": (0, 6, 8), "num_groups": 4}, "num_groups: 4 does not divide an entry of layer_experts (6)"),
+        ({"layer_experts": (0, 0, 0), "mtp_weight": 0.1, "num_experts": 0}, "num_experts: 0 must be at least 1"),
+    ],
+)
+def test_layers_that_contradict_the_rest_are_refused(changes: dict[str, object], message: str) -> None:
+    problems = dataclasses.replace(SMALL, **changes).problems()
+    assert len(problems) == 1, problems
+    assert message in problems[0]
 
 
 def test_flops_equal_what_torch_counts() -> None:

@@ -1,5 +1,7 @@
 """Every statement of the primal-dual reading of bias balancing."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +99,34 @@ def test_gap_is_zero_at_a_balanced_optimum() -> None:
     assert theory.duality_gap(scores_TE, torch.zeros(4, dtype=torch.float64), 1) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="not whole"):
         theory.best_balanced_value(scores_TE[:3], 1)
+
+
+@given(
+    seed=seeds, tokens=st.sampled_from([8, 24, 40]), top_k=st.integers(1, 7), scale=st.sampled_from([0.0, 0.1, 3.0]),
+    grid=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=30)
+def test_rebalancing_finds_the_best_balanced_assignment_from_any_prices(
+    seed: int, tokens: int, top_k: int, scale: float, grid: bool
+) -> None:
+    scores_TE = random_scores(seed, tokens, 8)
+    if grid:
+        scores_TE = (scores_TE * 4).round() / 4  # ties everywhere
+    prices_E = torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    expected = theory.best_balanced_value(scores_TE, top_k)
+    assert theory.rebalanced_value(scores_TE, prices_E, top_k) == pytest.approx(expected, abs=2e-6 * tokens * top_k)
+    gap = theory.duality_gap(scores_TE, prices_E, top_k)
+    assert theory.gap_per_token(scores_TE, prices_E, top_k) == pytest.approx(gap / tokens, abs=2e-6 * top_k)
+    assert theory.gap_per_token(scores_TE, prices_E, top_k) >= -1e-9
+
+
+def test_gap_of_a_sample_uses_as_many_tokens_as_a_whole_load_allows() -> None:
+    scores_TE, prices_E = random_scores(3, 30, 8), torch.zeros(8, dtype=torch.float64)
+    assert theory.gap_per_token(scores_TE, prices_E, 2) == theory.gap_per_token(scores_TE[:28], prices_E, 2)
+    assert theory.gap_per_token(scores_TE[:7], prices_E, 3) != theory.gap_per_token(scores_TE[:8], prices_E, 3)
+    assert math.isnan(theory.gap_per_token(scores_TE[:7], prices_E, 3))
+    with pytest.raises(ValueError, match="not whole"):
+        theory.rebalanced_value(scores_TE[:7], prices_E, 3)
 
 
 def test_decaying_steps_have_small_regret() -> None:

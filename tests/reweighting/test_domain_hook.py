@@ -18,7 +18,8 @@ from trainer.hooks import RunContext, StepContext
 def run_of() -> RunContext:
     return RunContext(
         model=nn.Identity(), total_steps=9, global_batch_size=4, domain_names=("a", "b"), domain_shares=(0.75, 0.25),
-        run_dir=Path(), device=torch.device("cpu"), seed=0, is_frozen=False, excerpts=lambda samples: [],
+        run_dir=Path(), device=torch.device("cpu"), seed=0, samples_per_row=1, has_weights=False,
+        is_frozen=False, excerpts=lambda samples: [],
     )  # fmt: skip
 
 

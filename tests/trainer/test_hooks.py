@@ -62,6 +62,16 @@ def test_only_the_owner_may_set_weights() -> None:
         HookList({"owner": Owner(size=3)}).on_losses(step_of())
 
 
+class Needy(Hook):
+    needs = frozenset({"weights"})
+
+
+def test_a_slot_that_a_hook_needs_must_have_an_owner() -> None:
+    HookList({"needy": Needy(), "owner": Owner()})
+    with pytest.raises(ConfigError, match=r"hooks\.needy: needs a hook that sets 'weights'"):
+        HookList({"needy": Needy()})
+
+
 def test_owning_weights_asks_for_losses_first() -> None:
     assert HookList({"owner": Owner()}).needs_batch_losses
     assert not HookList({"counter": Counter()}).needs_batch_losses

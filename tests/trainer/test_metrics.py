@@ -41,6 +41,18 @@ def test_vectors_are_lists(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "m.jsonl") == [{"loads": [3, 1, 2], "bias": [0.5, None], "step": 1}]
 
 
+def test_matrices_are_lists_of_rows_and_no_array_is_reduced(tmp_path: Path) -> None:
+    buffer = MetricBuffer()
+    buffer.record("loads", torch.tensor([[3, 1], [2, 5], [0, 4]]))
+    buffer.record("bias", torch.tensor([[0.5, math.nan]]))
+    buffer.record("step", 1)
+    buffer.close_step()
+    JsonlLog(tmp_path / "m.jsonl").append(buffer.flush())
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"loads": [[3, 1], [2, 5], [0, 4]], "bias": [[0.5, None]], "step": 1}]
+    with pytest.raises(ValueError, match="'loads' is an array: it cannot be reduced by mean"):
+        buffer.record("loads", torch.zeros(2, 2), "mean")
+
+
 def test_a_name_twice_is_an_error() -> None:
     buffer = MetricBuffer()
     buffer.record("loss", 1.0)
@@ -155,9 +167,16 @@ def test_compare_tells_equal_from_close_from_different(tmp_path: Path, capsys: p
 def sink_rows(run_dir: Path, config: WandbConfig) -> float:
     """Copy some rows; returns the seconds the caller spent."""
     begin = time.monotonic()
-    sink = WandbSink(config, run_dir=run_dir, run_name="test", resolved_config={"seed": 1})
+    sink = WandbSink(
+        config, run_dir=run_dir, run_name="test", resolved_config={"seed": 1}, domain_names=("prose", "code")
+    )
     for step in range(1, 4):
-        sink.log({"step": step, "loss": 1.0 / step, "mfu": None, "moe/layer0/loads": [1, 2, None]})
+        row = {
+            "step": step, "loss": 1.0 / step, "mfu": None, "moe/layer0/bias": [step / 8, 0.5, None],
+            "moe/layer0/domain_loads": [[1, step], [3, None]], "moe/loads": [[1.5, step], [0.25, None]],
+        }  # fmt: skip
+        JsonlLog(run_dir / "metrics.jsonl").append([row])
+        sink.log(row)
     spent = time.monotonic() - begin
     sink.close(30)
     return spent
@@ -167,7 +186,21 @@ def test_wandb_offline_writes_a_real_run(tmp_path: Path) -> None:
     assert sink_rows(tmp_path, WandbConfig()) < 1
     (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")
     (record,) = run.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    while b"moe/layer0/bias/course" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's own process may still be writing when finish returns
     assert b"loss" in record.read_bytes()
+    charts = {path: json.loads(path.read_text()) for path in run.rglob("*.plotly.json")}
+    heats = {str(path): data["data"][0] for path, data in charts.items() if data["data"][0]["type"] == "heatmap"}
+    assert len(heats) == 6, "two matrices, three steps"
+    for path, heat in heats.items():
+        assert heat["y"] == (["prose", "code"] if "domain_loads" in path else ["0", "1"])
+        assert heat["z"][0][0] == (1 if "domain_loads" in path else 1.5)
+        assert heat["z"][1][1] is None
+    (course,) = (data["data"] for path, data in charts.items() if "course" in str(path))
+    assert [line["y"] for line in course] == [[0.125, 0.25, 0.375], [0.5] * 3, [None] * 3]
+    assert [line["x"] for line in course] == [[1, 2, 3]] * 3
+    assert b"moe/layer0/bias/course" in record.read_bytes()
     assert not [path for path in run.rglob("*") if path.suffix in {".py", ".patch"}], "no code is taken along"
 
 
