@@ -47,10 +47,16 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as nested plain values (tuples become lists)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    """The resolved configuration as nested plain values (tuples become lists, as they do in YAML and JSON)."""
+    plain = _plain(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_with_includes(path: Path, stack: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:

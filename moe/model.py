@@ -293,7 +293,7 @@ class MoEDecoder(nn.Module):
         return Samples(of_token_BT.expand_as(counted_BT).where(counted_BT, -1).flatten(), batch * per_row)
 
     def _hidden(
-        self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None
+        self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None = None
     ) -> tuple[Tensor, list[LayerReport]]:
         config = self.config
         x_BTD = self.embedding(tokens_BT)
@@ -323,7 +323,7 @@ class MoEDecoder(nn.Module):
         targets_BT: Tensor,
         layout: Layout,
         counted_BT: Tensor,
-        samples: Samples | None,
+        samples: Samples | None = None,
     ) -> tuple[Tensor, LayerReport]:
         """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report."""
         assert self.next_token is not None

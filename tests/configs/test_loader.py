@@ -1,10 +1,12 @@
 """Configuration files: includes, overrides, and a resolved form that loads back equal."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from configs.loader import load_run_config, to_yaml
+from configs.loader import load_run_config, to_dict, to_yaml
 from tests.harness import ROOT, tiny_config
 from trainer.data.config import DataConfig
 from trainer.errors import ConfigError
@@ -44,3 +46,12 @@ def test_a_problem_says_where_it_comes_from(tmp_path: Path, data_config: DataCon
     assert len(caught.value.problems) == 2
     assert caught.value.problems[0].startswith(f"{path}: train.stps")
     assert caught.value.problems[1].startswith("command line: train.steps")
+
+
+def test_resolved_values_are_those_that_yaml_and_json_give_back() -> None:
+    """A checkpoint compares its settings, which went through JSON, with those of the run that loads it."""
+    plain = to_dict(load_run_config("configs/quickstart.yaml", ["wandb.tags=[a,b]"]))
+    assert json.loads(json.dumps(plain)) == plain
+    assert yaml.safe_load(to_yaml(load_run_config("configs/quickstart.yaml"))) == to_dict(
+        load_run_config("configs/quickstart.yaml")
+    )

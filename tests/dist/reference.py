@@ -98,7 +98,8 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         losses.append((token_losses.sum() / (batch.labels_ST != -100).sum()).item())
         for layer, stats, state, indices in zip(model.moe_layers(), loads, states, chosen, strict=True):
             router = layer.router
-            load = stats.counts_E
+            counted = (batch.labels_ST != -100).flatten()
+            load = torch.bincount(indices[counted].flatten(), minlength=layer.num_experts)
             if config.hooks["expert_bias"]["count"] == "weight":
                 per_token = objective.token_coefficients_BT.flatten() * int((batch.labels_ST != -100).sum())
                 load = torch.stack([per_token[(indices == e).any(1)].sum() for e in range(layer.num_experts)])

@@ -20,7 +20,8 @@ def started(*, is_frozen: bool = False, **options: object) -> SampleReweightHook
     hook.on_start(
         RunContext(
             model=nn.Identity(), total_steps=10, global_batch_size=8, domain_names=("a", "b"), domain_shares=(0.5, 0.5),
-            run_dir=Path(), device=torch.device("cpu"), seed=0, samples_per_row=1, has_weights=True, is_frozen=is_frozen,
+            run_dir=Path(), device=torch.device("cpu"), seed=0, samples_per_row=1, has_weights=True,
+            is_frozen=is_frozen,
             excerpts=lambda samples: [f"text {row}, {part}" for row, part in samples],
         )
     )  # fmt: skip
