@@ -3,8 +3,8 @@
 For each mode: the relative error of the first step's gradient against plain autograd on the full batch (two ranks,
 `linear` weights for `frozen`, which are exact then; `linupper` for the others), CPU time of a step and peak memory,
 both as ratios to unweighted training of the same model (one rank, four micro-batches, one thread). Times are medians of
-interleaved rounds in one process; memory is the peak of a process of its own that trains three steps. Prints the table and
-writes runs/bench-reweighting.json.
+interleaved rounds in one process; memory is the peak of a process of its own that trains three steps. Prints the table
+and writes runs/bench-reweighting.json.
 """
 
 import argparse
