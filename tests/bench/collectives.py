@@ -35,8 +35,8 @@ class LocalEngine:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
-    def forward(self, tokens_bT: torch.Tensor, labels_bT: torch.Tensor) -> Any:
-        return self.module(tokens_bT, labels_bT)
+    def forward(self, tokens_bT: torch.Tensor, labels_bT: torch.Tensor, documents_bT: torch.Tensor) -> Any:
+        return self.module(tokens_bT, labels_bT, documents_bT)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
@@ -50,14 +50,15 @@ def measure(report: Report) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = MoEDecoder(MODEL, vocab_size=VOCAB)
     bias, weights = ExpertBiasHook(ExpertBiasConfig()), SampleReweightHook(SampleReweightConfig())
-    bias.on_start(run_of(model))
+    for hook in (bias, weights):
+        hook.on_start(run_of(model))
     accumulator = Accumulator(
         LocalEngine(model),  # type: ignore[arg-type]
         HookList({"sample_reweight": weights}),
-        mode="deferred", normalization="tokens", device=torch.device("cpu"),
+        mode="deferred", normalization="tokens", num_micro_batches=2, samples_per_row=1, device=torch.device("cpu"),
     )  # fmt: skip
     tokens = torch.randint(0, VOCAB, (2, 16))
-    batch = MicroBatch(torch.arange(2), torch.zeros(2, dtype=torch.int64), tokens, tokens)
+    batch = MicroBatch(torch.arange(2), torch.zeros(2, dtype=torch.int64), tokens, tokens, torch.zeros_like(tokens))
     with Collectives() as losses_mode:
         accumulator.run([batch, batch], step=1, applied_steps=0, recorder=Records(), stop=False)
     with Collectives() as bias_mode:

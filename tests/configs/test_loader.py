@@ -36,7 +36,10 @@ def test_hooks_are_resolved_with_all_their_options(tmp_path: Path, data_config: 
     assert (found["hook"], found["enabled"], found["rule"], found["rate"]) == ("expert_bias", False, "sign", 0.01)
     assert found["schedule"] == {"shape": "constant", "zero_last": 0.0, "freeze_after": 0}
     assert found["options"]["kappa"] == 2.0
-    assert config.hooks["sample_reweight"]["temperature"] == {"value": 0.5, "warmup_steps": 2, "warmup_value": 100.0}
+    assert config.hooks["sample_reweight"]["temperature"] == {
+        "value": 0.5, "skip_steps": 0, "warmup_steps": 2, "warmup_value": 100.0, "shape": "constant", "final": 0.0,
+        "points": {},
+    }  # fmt: skip
 
 
 def test_a_problem_says_where_it_comes_from(tmp_path: Path, data_config: DataConfig) -> None:
