@@ -86,8 +86,9 @@ def replay(case: Case) -> dict[str, Tensor]:
     hook = ExpertBiasHook(ExpertBiasConfig(rule=case.rule, rate=0.01))  # type: ignore[arg-type]
     hook.on_start(
         RunContext(
-            model=model, total_steps=STEPS, global_batch_size=BATCH, domain_names=("a",), run_dir=Path(), seed=0,
-            device=torch.device("cpu"),
+            model=model, total_steps=STEPS, global_batch_size=BATCH, domain_names=("a",), domain_shares=(1.0,),
+            run_dir=Path(), seed=0, device=torch.device("cpu"), samples_per_row=1, has_weights=False, is_frozen=False,
+            excerpts=lambda samples: [],
         )
     )  # fmt: skip
     found, size = {}, BATCH // (world * case.accumulation)
@@ -105,8 +106,9 @@ def replay(case: Case) -> dict[str, Tensor]:
         buffer = MetricBuffer()
         nothing_B = torch.zeros(BATCH, dtype=torch.int64)
         context = StepContext(
-            step=step + 1, applied_steps=step, sample_ids_B=nothing_B, domains_B=nothing_B,
-            tokens_B=(labels_SBT[step] != -100).sum(1), losses_B=nothing_B.float(), recorder=buffer,
+            step=step + 1, applied_steps=step, sample_ids_B=nothing_B, parts_B=nothing_B,
+            domains_B=nothing_B, tokens_B=(labels_SBT[step] != -100).sum(1), losses_B=nothing_B.double(),
+            own_S=nothing_B, recorder=buffer,
         )  # fmt: skip
         hook.after_step(context, StepResult(applied=True, reason=""))
         for i, layer in enumerate(model.moe_layers()):
