@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x_BTD: Tensor, counted_BT: Tensor, samples: "Samples | None") -> tuple[Tensor, LayerReport]:
+    def forward(self, x_BTD: Tensor, counted_BT: Tensor, samples: Samples | None = None) -> tuple[Tensor, LayerReport]:
         """Output [B, T, D] and what the layer observed."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND, counted_BT.flatten())

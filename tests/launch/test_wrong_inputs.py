@@ -251,7 +251,7 @@ def flip_a_bit(path: Path) -> None:
 def test_no_space_left_is_exit_6_and_keeps_the_old_checkpoint(trained: Path, tmp_path: Path) -> None:
     arguments = copy_of(trained, tmp_path)
     before = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    largest = max(path.stat().st_size for path in (trained / "run").rglob("*") if path.is_file())
+    largest = max(path.stat().st_size for path in (trained / "run" / "checkpoints").rglob("*") if path.is_file())
 
     def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
