@@ -40,12 +40,8 @@ class Peer(NamedTuple):
     """The gradients of router, gate_up and down in our layout, from those of the module's parameters."""
     sigmoid: bool = False
     """Gates come from a sigmoid instead of a softmax."""
-    tolerance: float = 1e-4
-    """Relative error of output and gradients that its type explains."""
-    slow: bool = False
-    """Takes several times as long as ours: timed once."""
-    tokens: int = 4096
-    """How many tokens it is given, and ours beside it."""
+    bf16: bool = False
+    """Computes its experts in bf16 whatever it is given: ours beside it is in bf16 too."""
 
 
 def _transpose(weight: Tensor) -> Tensor:
@@ -72,17 +68,16 @@ def _transformers(name: str, block: nn.Module, weights: Weights, **traits: Any) 
     return Peer(name, _load(block, values), gradients, **traits)
 
 
-def qwen3(config: ModelConfig, weights: Weights, *, experts: str) -> Peer:
+def qwen3(config: ModelConfig, weights: Weights) -> Peer:
     """transformers' Qwen3-MoE block."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     theirs = Qwen3MoeConfig(
         hidden_size=config.hidden_size, num_experts=config.num_experts, num_experts_per_tok=config.top_k,
-        moe_intermediate_size=config.expert_intermediate_size, norm_topk_prob=True, experts_implementation=experts,
+        moe_intermediate_size=config.expert_intermediate_size, norm_topk_prob=True, experts_implementation="grouped_mm",
     )  # fmt: skip
-    block = Qwen3MoeSparseMoeBlock(theirs)
-    return _transformers(f"transformers_qwen3_{experts}", block, weights, slow=experts == "eager")
+    return _transformers("transformers_qwen3_grouped_mm", Qwen3MoeSparseMoeBlock(theirs), weights)
 
 
 class _Nothing(nn.Module):
@@ -90,23 +85,20 @@ class _Nothing(nn.Module):
         return 0.0
 
 
-def deepseek_v3(config: ModelConfig, weights: Weights, *, experts: str) -> Peer:
+def deepseek_v3(config: ModelConfig, weights: Weights) -> Peer:
     """transformers' DeepSeek-V3 layer without its shared expert, which the workloads do not have."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    if experts == "eager" and config.num_experts > 16:
-        raise RuntimeError("the same loop over experts as transformers_qwen3_eager")
     theirs = DeepseekV3Config(
         hidden_size=config.hidden_size, n_routed_experts=config.num_experts, num_experts_per_tok=config.top_k,
         moe_intermediate_size=config.expert_intermediate_size, n_shared_experts=1, n_group=1, topk_group=1,
-        routed_scaling_factor=1.0, norm_topk_prob=True, experts_implementation=experts,
+        routed_scaling_factor=1.0, norm_topk_prob=True, experts_implementation="grouped_mm",
     )  # fmt: skip
     block = DeepseekV3MoE(theirs)
     block.shared_experts = _Nothing()
     nn.init.zeros_(block.gate.e_score_correction_bias)
-    name = f"transformers_deepseek_v3_{experts}"
-    return _transformers(name, block, weights, sigmoid=True, slow=experts == "eager")
+    return _transformers("transformers_deepseek_v3_grouped_mm", block, weights, sigmoid=True)
 
 
 class _Own(nn.Module):
@@ -277,18 +269,15 @@ def torchtitan(config: ModelConfig, weights: Weights) -> Peer:
     def gradients(g: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         return g["router.gate.weight"], _transpose(torch.cat([g[w1], g[w3]], dim=1)), _transpose(g[w2])
 
-    # 512 tokens: where the processor has no bf16 products it takes twenty times as long as fp32.
-    return Peer("torchtitan_bf16", _load(module, values), gradients, tolerance=2e-2, slow=True, tokens=512)
+    return Peer("torchtitan_bf16", _load(module, values), gradients, bf16=True)
 
 
 PEERS: dict[str, Callable[[ModelConfig, Weights], Peer]] = {
-    "transformers_qwen3_grouped_mm": lambda config, weights: qwen3(config, weights, experts="grouped_mm"),
-    "transformers_deepseek_v3_grouped_mm": lambda config, weights: deepseek_v3(config, weights, experts="grouped_mm"),
+    "transformers_qwen3_grouped_mm": qwen3,
+    "transformers_deepseek_v3_grouped_mm": deepseek_v3,
     "grouped_mm": lambda config, weights: Peer("grouped_mm", GroupedMM(config, weights), _own_gradients),
     "padded_bmm": lambda config, weights: Peer("padded_bmm", PaddedBmm(config, weights), _own_gradients),
     "megatron_sequential": megatron,
     "deepspeed_moe": deepspeed,
     "torchtitan_bf16": torchtitan,
-    "transformers_qwen3_eager": lambda config, weights: qwen3(config, weights, experts="eager"),
-    "transformers_deepseek_v3_eager": lambda config, weights: deepseek_v3(config, weights, experts="eager"),
 }
