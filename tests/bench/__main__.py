@@ -37,6 +37,5 @@ if __name__ == "__main__":
         FAMILIES[name](report)
         sys.stderr.write(f"{name} done, {time.monotonic() - begin:.0f} s\n")
     report.not_run("train_step/tokens_ratio", "no step-level bench yet")
-    report.not_run("hooks/frozen", "it is in python -m tests.bench.reweighting")
     report.print(Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120))
     report.write(Path("runs/bench.json"))

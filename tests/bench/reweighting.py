@@ -10,11 +10,9 @@ and writes runs/bench-reweighting.json.
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from rich.table import Table
 from configs.loader import load_run_config
 from launch._corpus import open_corpus
 from launch.train import build, open_loader
+from tests.bench.timing import Timing, interleaved
 from tests.harness import environment, run, tiny_config, write_corpus_source
 from trainer import ranks
 from trainer.accumulate import Accumulator
@@ -77,17 +76,35 @@ def stepper(config_path: Path, mode: str) -> Callable[[], None]:
     return step
 
 
-def step_times(config_path: Path) -> dict[str, float]:
-    """Median CPU seconds of a step in each mode."""
-    steps = {mode: stepper(config_path, mode) for mode in MODES}
-    spent: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for number in range(ROUNDS + 2):  # the first two steps of a run are special
-        for mode, step in steps.items():
-            begin = time.process_time()
-            step()
-            if number > 1:
-                spent[mode].append(time.process_time() - begin)
-    return {mode: statistics.median(values) for mode, values in spent.items()}
+def step_times() -> dict[str, Timing]:
+    """CPU time of a step in each mode, on a corpus of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        config_path = timed_config(Path(temporary), small_corpus(Path(temporary)))
+        start_process_group(60)
+        try:
+            # The first two steps of a run are special.
+            return interleaved({mode: stepper(config_path, mode) for mode in MODES}, rounds=ROUNDS, warm_up=2)
+        finally:
+            stop_process_group()
+
+
+def small_corpus(folder: Path) -> DataConfig:
+    """A prepared corpus of a few documents."""
+    data = DataConfig(
+        path=str(folder / "prepared"), source=str(write_corpus_source(folder / "source.jsonl")), vocab_size=320,
+        heldout_fraction=0.1,
+    )  # fmt: skip
+    prepare(data)
+    return data
+
+
+def timed_config(folder: Path, data: DataConfig) -> Path:
+    """The configuration whose steps are timed."""
+    return tiny_config(
+        folder / "timed", data, model=SHAPE,
+        train={"global_batch_size": 32, "micro_batch_size": 8, "sequence_length": 128, "steps": 100},
+        hooks={"sample_reweight": {"temperature": {"value": 1.0, "warmup_steps": 0}, "record_every": 0}},
+    )  # fmt: skip
 
 
 def peak_memory(config_path: Path, mode: str) -> int:
@@ -132,26 +149,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = DataConfig(
-            path=str(folder / "prepared"), source=str(write_corpus_source(folder / "source.jsonl")), vocab_size=320,
-            heldout_fraction=0.1,
-        )  # fmt: skip
-        prepare(data)
-        config_path = tiny_config(
-            folder / "timed", data, model=SHAPE,
-            train={"global_batch_size": 32, "micro_batch_size": 8, "sequence_length": 128, "steps": 100},
-            hooks={"sample_reweight": {"temperature": {"value": 1.0, "warmup_steps": 0}, "record_every": 0}},
-        )  # fmt: skip
+        data = small_corpus(folder)
+        config_path = timed_config(folder, data)
         errors = gradient_errors(folder / "errors", data)
         memory = {mode: peak_memory(config_path, mode) for mode in MODES}
-        start_process_group(60)
-        times = step_times(config_path)
-        stop_process_group()
+    times = step_times()
     assert not ranks.is_distributed()
     figures = {
         mode: {
             "gradient_error": errors.get(mode),
-            "time": times[mode] / times["unweighted"],
+            "time": times[mode].median / times["unweighted"].median,
             "memory": memory[mode] / memory["unweighted"],
             "memory_mib": memory[mode] / 2**20,
         }
