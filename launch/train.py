@@ -46,9 +46,7 @@ _IDENTITY = (
     "seed",
     "train.global_batch_size",
     "train.sequence_length",
-    "engine.zero_stage",
     "engine.precision",
-    "engine.expert_parallel_size",
 )
 _FREE = ("model.activation_recompute", "model.dropout")
 
@@ -172,13 +170,10 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
 def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
     flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
     identity = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
-    # Sharded optimizer state is cut for a number of ranks; at stage 0 every rank holds all of it.
-    world_size = ranks.world_size() if config.engine.zero_stage else "any"
     return identity | {
         "data.fingerprint": corpus.fingerprint,
         "data.packing": config.data.packing,
         "data.weights": dict(config.data.weights),
-        "ranks": world_size,
     }
 
 

@@ -6,17 +6,19 @@
         hooks.safetensors      the hooks' tensors
         rng-00000.safetensors  the random state of each rank
         model.safetensors      the weights alone, in the model's precision, for evaluation and export
-        engine/                model and optimizer, as DeepSpeed writes them, for resuming
+        optimizer.json, optimizer-00000.safetensors
+                               Adam's numbers, parameter by parameter (trainer/optimizer_state.py)
 
 Saving: everything goes to `tmp-step-N`, is fsynced and hashed by all ranks, then the manifest is written and the
 folder renamed. A folder called `step-N` is therefore complete, whenever the job died. Loading: the newest folder
-whose files all have their recorded hash wins, and all ranks agree on it before DeepSpeed (which unpickles) opens
-one; if there are folders but none is intact the run ends instead of silently starting again.
+whose files all have their recorded hash wins, and all ranks agree on it before any is opened; if there are folders
+but none is intact the run ends instead of silently starting again.
 
-The manifest guards against accidents, not against someone who can write to the folder. The run folder must be
-on storage that all nodes share.
+Nothing in a checkpoint says how the run was cut: it goes on with another number of ranks, ZeRO stage or expert
+parallelism. Nothing in it is pickled. The run folder must be on storage that all nodes share.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -35,15 +37,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer import ranks
-from trainer.engine import Engine
+from trainer.engine import Engine, expert_group
 from trainer.errors import CheckpointError, NumericError, StorageError
 from trainer.hooks import HookList, State
+from trainer.optimizer_state import INDEX, Spans, fragments_file, read_fragments, write_fragments, write_index
 
 log = logging.getLogger("evenkeel")
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 WEIGHTS = "model.safetensors"
+_SEED_STRIDE = 1_000_003
 _SPARE_FACTOR = 1.2  # free space asked for, relative to the previous checkpoint
 
 
@@ -96,28 +100,12 @@ class CheckpointStore:
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
-        try:
-            engine.save(staging)
-            safetensors.torch.save_file(_rng_state(), staging / f"rng-{ranks.rank():05d}.safetensors")
-            weights = whole_weights(engine.module)
-            if ranks.is_main():
-                safetensors.torch.save_file(weights, staging / WEIGHTS)
-                _write_states(staging, hooks, state)
-            ranks.barrier()
-            own = _own_share(sorted(path for path in staging.rglob("*") if path.is_file()))
-            hashes = {str(path.relative_to(staging)): _fsync_and_hash(path) for path in own}
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # torch.save reports a full disk as RuntimeError("unexpected pos"), without errno or path.
-            if isinstance(error, RuntimeError) and "unexpected pos" not in str(error) and "Writer" not in str(error):
-                raise
-            free = shutil.disk_usage(self._root).free
-            shutil.rmtree(staging, ignore_errors=True)
-            raise StorageError(
-                f"{staging}: cannot write the checkpoint of step {state.step} ({error}); {free >> 20} MiB are free. "
-                "Earlier checkpoints are intact: free space and start again to resume"
-            ) from error
-        files = {name: entry for part in ranks.gather_objects(hashes) for name, entry in part.items()}
-        _on_main(lambda: self._publish(staging, target, files, state))
+        weights = whole_weights(engine.module)
+        shares = ranks.gather_objects(_write_share(staging, engine, hooks, state, weights))
+        failed = [share.problem for share in shares if share.problem]
+        _on_main(
+            lambda: self._give_up(staging, state, failed) if failed else self._publish(staging, target, shares, state)
+        )
         return target
 
     def load_newest(self, engine: Engine, hooks: HookList) -> TrainState | None:
@@ -131,19 +119,24 @@ class CheckpointStore:
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
-        engine.load(folder)
-        if any(not getattr(parameter, "allreduce", True) for parameter in engine.module.parameters()):
-            # DeepSpeed gave every rank the experts of rank 0; the optimizer's own copies are right already.
-            load_weights(engine.module, folder / WEIGHTS)
+        load_weights(engine.module, folder / WEIGHTS)
+        engine.clock = read_fragments(folder, engine.fragments())
         saved = json.loads((folder / "state.json").read_text())
         notes = hooks.load_state_dict(_read_hook_states(folder, saved["hooks"]))
+        if manifest["ranks"] != ranks.world_size():
+            notes = [
+                *notes,
+                f"saved by {manifest['ranks']} ranks, resumed by {ranks.world_size()}: the order of the data stays, "
+                "dropout and jitter draw anew",
+            ]
         if ranks.is_main():
             for note in notes:
                 log.warning(note)
-        rng_file = folder / f"rng-{ranks.rank():05d}.safetensors"
-        if rng_file.exists():
-            # Last of all: whatever loading draws must not count.
-            _restore_rng(safetensors.torch.load_file(rng_file))
+        # Last of all: whatever loading draws must not count.
+        if manifest["ranks"] == ranks.world_size():
+            _restore_rng(safetensors.torch.load_file(folder / f"rng-{ranks.rank():05d}.safetensors"))
+        else:
+            torch.manual_seed(torch.initial_seed() + saved["trainer"]["step"] * _SEED_STRIDE)
         return TrainState(**saved["trainer"])
 
     def _refuse_foreign(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -182,15 +175,27 @@ class CheckpointStore:
                 f"{error.filename}: {error.strerror}; make checkpoints writable and start again"
             ) from error
 
-    def _publish(self, staging: Path, target: Path, files: Mapping[str, Any], state: TrainState) -> None:
+    def _give_up(self, staging: Path, state: TrainState, problems: list[str]) -> None:
+        free = shutil.disk_usage(self._root).free if self._root.exists() else 0
+        shutil.rmtree(staging, ignore_errors=True)
+        raise StorageError(
+            f"{staging}: cannot write the checkpoint of step {state.step} ({problems[0]}); {free >> 20} MiB are free. "
+            "Earlier checkpoints are intact: free space and start again to resume"
+        )
+
+    def _publish(self, staging: Path, target: Path, shares: "list[_Share]", state: TrainState) -> None:
+        files = {name: entry for share in shares for name, entry in share.files.items()}
         manifest = {
             "format": FORMAT,
             "step": state.step,
+            "ranks": len(shares),
             "identity": self._identity,
             "versions": {name: version(name) for name in ("torch", "deepspeed")},
             "files": files,
         }
         try:
+            write_index(staging, [share.spans for share in shares], shares[0].sizes, shares[0].clock)
+            files[INDEX] = _fsync_and_hash(staging / INDEX)
             _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
             _fsync_folder(staging)
             if target.exists():  # a rejected one of the same step
@@ -205,6 +210,38 @@ class CheckpointStore:
             ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one rank has written, or why it could not."""
+
+    files: dict[str, Any]
+    spans: Spans
+    sizes: dict[str, int]
+    clock: float
+    problem: str = ""
+
+
+def _write_share(
+    staging: Path, engine: Engine, hooks: HookList, state: TrainState, weights: Mapping[str, Tensor]
+) -> _Share:
+    """Write this rank's files; a failure is told, not raised, so that all ranks can give up together."""
+    rank, size = ranks.rank(), ranks.world_size()
+    share = _Share(files={}, spans={}, sizes=engine.parameter_sizes(), clock=engine.clock)
+    replicated = engine.config.zero_stage == 0
+    fragments = (f.share(rank, size) if replicated else f for f in engine.fragments())
+    try:
+        spans = write_fragments(staging, rank, fragments)
+        written = [staging / fragments_file(rank), staging / f"rng-{rank:05d}.safetensors"]
+        safetensors.torch.save_file(_rng_state(), written[-1])
+        if rank == 0:
+            safetensors.torch.save_file(dict(weights), staging / WEIGHTS)
+            written += [staging / WEIGHTS, *_write_states(staging, hooks, state)]
+        files = {path.name: _fsync_and_hash(path) for path in written}
+    except (OSError, SafetensorError) as error:
+        return dataclasses.replace(share, problem=f"rank {rank}: {error}")
+    return dataclasses.replace(share, files=files, spans=spans)
+
+
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers on the host, tied ones once, sharded experts put together.
 
@@ -212,7 +249,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     whole = {}
     for name, tensor in _weights(model).items():
-        group = _expert_group(model, name)
+        group = expert_group(model, name)
         if group is not None:
             parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, tensor.contiguous(), group=group)
@@ -230,7 +267,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     saved, own = safetensors.torch.load_file(path), _weights(model)
     for name in sorted(saved.keys() | own.keys()):
         tensor = saved.get(name)
-        group = None if name not in own else _expert_group(model, name)
+        group = None if name not in own else expert_group(model, name)
         if tensor is not None and group is not None:
             tensor = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
         if tensor is None or name not in own or tensor.shape != own[name].shape:
@@ -262,14 +299,6 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
-
-
-def _expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
-    """The ranks over which a parameter is sharded along its first dimension, or None: its module says so by `group`."""
-    module_name, _, parameter_name = name.rpartition(".")
-    owner = model.get_submodule(module_name)
-    parameter = owner._parameters.get(parameter_name)
-    return None if parameter is None or getattr(parameter, "allreduce", True) else getattr(owner, "group", None)
 
 
 def _agree_on_hook_state(hooks: HookList, step: int) -> None:
@@ -321,7 +350,7 @@ def _verify(folder: Path) -> list[str]:
     return []
 
 
-def _write_states(folder: Path, hooks: HookList, state: TrainState) -> None:
+def _write_states(folder: Path, hooks: HookList, state: TrainState) -> list[Path]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, (hook_version, hook_state) in hooks.state_dict().items():
@@ -330,8 +359,10 @@ def _write_states(folder: Path, hooks: HookList, state: TrainState) -> None:
         tensors |= {
             f"{name}/{k}": v.detach().cpu().contiguous() for k, v in hook_state.items() if isinstance(v, Tensor)
         }
-    safetensors.torch.save_file(tensors, folder / "hooks.safetensors")
-    (folder / "state.json").write_text(json.dumps({"trainer": asdict(state), "hooks": numbers}, indent=1))
+    paths = [folder / "hooks.safetensors", folder / "state.json"]
+    safetensors.torch.save_file(tensors, paths[0])
+    paths[1].write_text(json.dumps({"trainer": asdict(state), "hooks": numbers}, indent=1))
+    return paths
 
 
 def _read_hook_states(folder: Path, numbers: Mapping[str, Any]) -> dict[str, tuple[int, State]]:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine behind five verbs: forward, backward, step, save, load.
+"""The DeepSpeed engine behind three verbs, forward, backward and step, and a view of what its optimizer holds.
 
 Decisions:
 - DeepSpeed sees a gradient accumulation of one; we tell it which backward is the last of a step. It never
@@ -8,6 +8,8 @@ Decisions:
 - Learning rate: set by us before each step, so that a skipped step cannot advance a scheduler.
 - A step whose gradients are not finite changes nothing. DeepSpeed 0.19 checks that itself except for fp32 at
   stage 0, where it would apply NaN; there the norm, the check and the clipping are ours.
+- DeepSpeed's own checkpoints are not used: they are pickled, tied to the number of ranks and do not know shared expert
+  stacks. `fragments` shows the optimizer's numbers where they lie, and trainer/optimizer_state.py writes them.
 - This is the only module that imports deepspeed, and it does so late: configs and --help stay fast.
 """
 
@@ -17,16 +19,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer import ranks
-from trainer.errors import CheckpointError
+from trainer.optimizer_state import Fragment
 
-_CHECKPOINT_TAG = "engine"
 _MARKER = "expert_groups"
 _OWNED_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "offload_param", "offload_optimizer"}
 
@@ -161,6 +162,7 @@ class Engine:
 
             del model._modules[_MARKER]  # its work is done, and its name must not get into checkpoints
             self.module.join_expert_group(groups._get_expert_parallel_group(f"ep_size_{config.expert_parallel_size}"))  # type: ignore[operator]
+        self._forget_first_step()
 
     @property
     def module(self) -> nn.Module:
@@ -249,30 +251,95 @@ class Engine:
         applied, _ = self.step(0.0)
         assert not applied
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer under `folder`; every rank calls it. Atomicity is the caller's business.
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank's optimizer holds, as views: reading them saves it, writing into them restores it.
 
-        Sharded experts are whole in the optimizer's shards only: the caller saves their weights.
+        At stage 0 every rank holds everything, above it every element is held once.
         """
-        with self._as_dense():
-            self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
+        adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        masters = self._whole_masters()
+        for name, parameter in self.module.named_parameters():
+            size, offset = self._place_in_model(name, parameter)
+            if masters is not None:
+                master = masters[parameter]
+                state = _adam_state(adam, master)
+                values = [tensor.view(-1) for tensor in (master.detach(), state["exp_avg"], state["exp_avg_sq"])]
+                yield Fragment(name, size, offset, *values)
+                continue
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # another rank has it
+                continue
+            flat = adam.param_groups[mapping.param_group_index]["params"][0]
+            state, address = _adam_state(adam, flat), mapping.hp_fragment_address
+            values = [
+                tensor.narrow(0, address.start, address.numel)
+                for tensor in (flat.detach(), state["exp_avg"], state["exp_avg_sq"])
+            ]
+            yield Fragment(name, size, offset + mapping.lp_fragment_address.start, *values)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote. DeepSpeed unpickles: verify the files' hashes before calling this."""
-        with self._as_dense():
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
-        if loaded is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; remove it to use an older checkpoint")
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every parameter of the whole model."""
+        return {name: self._place_in_model(name, parameter)[0] for name, parameter in self.module.named_parameters()}
 
-    @contextmanager
-    def _as_dense(self) -> Iterator[None]:
-        """Let DeepSpeed save and load as if no expert were sharded: its own way wants one module for each expert."""
-        had_moe_layers = self._engine.has_moe_layers
-        self._engine.has_moe_layers = False
-        try:
-            yield
-        finally:
-            self._engine.has_moe_layers = had_moe_layers
+    @property
+    def clock(self) -> float:
+        """Steps Adam has taken: what its bias corrections go by."""
+        states = self._adam_states()
+        return float(states[0]["step"]) if states else 0.0
+
+    @clock.setter
+    def clock(self, steps: float) -> None:
+        for state in self._adam_states():
+            state["step"].fill_(steps)
+
+    def _adam_states(self) -> list[dict[str, Tensor]]:
+        adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return [state for state in adam.state.values() if state]
+
+    def _whole_masters(self) -> dict[nn.Parameter, Tensor] | None:
+        """The tensor Adam steps for each parameter, where that is a whole one; None if the engine has cut them."""
+        if self.config.zero_stage:
+            return None
+        optimizer = self._engine.optimizer
+        if not hasattr(optimizer, "fp32_groups"):
+            return {parameter: parameter for parameter in self.module.parameters()}
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {low: master for lows, masters in pairs for low, master in zip(lows, masters, strict=True)}
+
+    def _place_in_model(self, name: str, parameter: nn.Parameter) -> tuple[int, int]:
+        """Elements of the whole parameter, and where this rank's begin: experts are shares of one stack."""
+        group = expert_group(self.module, name)
+        if group is None:
+            return parameter.numel(), 0
+        return parameter.numel() * dist.get_world_size(group), parameter.numel() * dist.get_rank(group)
+
+    def _forget_first_step(self) -> None:
+        """Undo the step on zero gradients with which DeepSpeed's bf16 optimizer of stage 0 makes room for its state.
+
+        It has decayed the weights once, and Adam's corrections would be one step ahead for the whole run.
+        """
+        if hasattr(self._engine.optimizer, "fp32_groups"):
+            for parameter, master in (self._whole_masters() or {}).items():
+                master.detach().copy_(parameter.detach())
+            self.clock = 0.0
+
+
+def expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
+    """The ranks over which a parameter is sharded along its first dimension, or None: its module says so by `group`."""
+    module_name, _, parameter_name = name.rpartition(".")
+    owner = model.get_submodule(module_name)
+    parameter = owner._parameters.get(parameter_name)
+    return None if parameter is None or getattr(parameter, "allreduce", True) else getattr(owner, "group", None)
+
+
+def _adam_state(adam: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a tensor; zeros, as before its first step, if it has none yet."""
+    state: dict[str, Tensor] = adam.state[tensor]
+    if not state:
+        on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+    return state
 
 
 def _expert_group_marker(size: int) -> nn.Module:
