@@ -3,7 +3,10 @@
 One process without torchrun gets a group of one on an in-memory store, so that no port is needed.
 """
 
+import ctypes
 import os
+import signal
+import sys
 import warnings
 from datetime import timedelta
 
@@ -18,6 +21,7 @@ def start_process_group(timeout_s: float) -> None:
 
     `timeout_s`: how long a collective waits for a silent peer before this rank gives up.
     """
+    _die_with_launcher()
     device = ranks.device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -35,6 +39,18 @@ def start_process_group(timeout_s: float) -> None:
         from trainer.engine import adopt_process_group
 
         adopt_process_group()
+
+
+def _die_with_launcher() -> None:
+    """Let the kernel kill this rank when torchrun's agent is killed.
+
+    The agent starts ranks in sessions of their own, so what kills it does not reach them: they would train on, and keep
+    the run folder from the job that is started next. Only Linux has this.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
 
 
 def stop_process_group() -> None:

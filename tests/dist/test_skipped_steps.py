@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -63,15 +62,14 @@ def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
     assert all(isinstance(row["loss"], float) for row in training[3:]), "training goes on with finite losses"
 
     before, after = (run_dir / "checkpoints" / f"step-{step:08d}" for step in (POISONED_STEP - 1, POISONED_STEP))
-    for file in ("model.safetensors", "hooks.safetensors"):
-        old, new = safetensors.torch.load_file(before / file), safetensors.torch.load_file(after / file)
+    for path in sorted(before.glob("*.safetensors")):
+        if path.name.startswith("rng-"):
+            continue
+        old, new = (safetensors.torch.load_file(folder / path.name) for folder in (before, after))
+        assert old.keys() == new.keys()
         for key, tensor in old.items():
-            assert torch.equal(tensor, new[key]), f"{file}: {key} moved on a skipped step"
-    for path in sorted((before / "engine").rglob("*optim_states.pt")) or sorted((before / "engine").rglob("*.pt")):
-        old_state, new_state = (load_state(folder / path.relative_to(before)) for folder in (before, after))
-        assert old_state.keys() == new_state.keys()
-        for key, tensor in old_state.items():
-            assert torch.equal(tensor, new_state[key]), f"{path.name}: {key} moved on a skipped step"
+            assert torch.equal(tensor, new[key]), f"{path.name}: {key} moved on a skipped step"
+    assert (before / "optimizer.json").read_text() == (after / "optimizer.json").read_text(), "Adam's clock stands still"
 
     state_before, state_after = (json.loads((folder / "state.json").read_text()) for folder in (before, after))
     assert state_after["trainer"]["applied_steps"] == state_before["trainer"]["applied_steps"] == 2
@@ -79,25 +77,6 @@ def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
     assert training[3]["lr"] == pytest.approx(3e-3), "the learning rate of the third update comes with the fourth step"
     later = safetensors.torch.load_file(run_dir / "checkpoints" / "step-00000004" / "model.safetensors")
     assert not torch.equal(later["embedding.weight"], safetensors.torch.load_file(after / "model.safetensors")["embedding.weight"])
-
-
-def load_state(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a DeepSpeed file, by path. The test wrote the file itself, so unpickling it is safe."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(node: Any, where: str) -> None:
-        if isinstance(node, torch.Tensor):
-            found[where] = node
-        elif isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{where}/{key}")
-        elif isinstance(node, list | tuple):
-            for index, value in enumerate(node):
-                walk(value, f"{where}/{index}")
-
-    walk(torch.load(path, weights_only=False), "")
-    assert found
-    return found
 
 
 def test_many_skipped_steps_end_the_run_with_exit_4(tmp_path: Path, data_config: DataConfig) -> None:

@@ -24,8 +24,7 @@ def whole(name: str) -> Fragment:
 def cut(fragment: Fragment, inner: set[int]) -> list[Fragment]:
     ends = [0, *sorted(at for at in inner if at < fragment.size), fragment.size]
     return [
-        Fragment(fragment.name, fragment.size, a, *(t[a:b] for t in fragment[3:]))
-        for a, b in itertools.pairwise(ends)
+        Fragment(fragment.name, fragment.size, a, *(t[a:b] for t in fragment[3:])) for a, b in itertools.pairwise(ends)
     ]
 
 
