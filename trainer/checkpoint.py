@@ -37,8 +37,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer import ranks
+from trainer.divergence import refuse_divergence
 from trainer.engine import Engine, expert_group
-from trainer.errors import CheckpointError, NumericError, StorageError
+from trainer.errors import CheckpointError, StorageError
 from trainer.hooks import HookList, State
 from trainer.optimizer_state import INDEX, Spans, fragments_file, read_fragments, write_fragments, write_index
 
@@ -96,7 +97,7 @@ class CheckpointStore:
 
     def save(self, engine: Engine, hooks: HookList, state: TrainState) -> Path:
         """Write a checkpoint of this moment; every rank calls it. Returns the published folder."""
-        _agree_on_hook_state(hooks, state.step)
+        refuse_divergence(engine.module, hooks, state.step)
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
@@ -299,13 +300,6 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
-
-
-def _agree_on_hook_state(hooks: HookList, step: int) -> None:
-    digests = ranks.gather_objects(hooks.digest())
-    if len(set(digests)) > 1:
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        raise NumericError(f"step {step}: hook state on rank {odd[0]} differs from rank 0; nothing was saved")
 
 
 def _on_main(action: Callable[[], None]) -> None:

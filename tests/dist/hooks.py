@@ -56,3 +56,18 @@ class RankLocalState(Hook):
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         return {"rank": ranks.rank()}
+
+
+class SilentError(Hook):
+    """Adds 1e-6 to one number of a tensor on one rank after a step, as bad memory might."""
+
+    def __init__(self, tensor: str, step: int, rank: int = 1) -> None:
+        self._name, self._step, self._rank = tensor, step, rank
+
+    def on_start(self, run: RunContext) -> None:
+        self._model = run.model
+
+    @torch.no_grad()
+    def after_step(self, step: StepContext, result: StepResult) -> None:
+        if step.step == self._step and ranks.rank() == self._rank:
+            dict([*self._model.named_parameters(), *self._model.named_buffers()])[self._name].view(-1)[0] += 1e-6

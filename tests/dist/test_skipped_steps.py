@@ -87,11 +87,3 @@ def test_many_skipped_steps_end_the_run_with_exit_4(tmp_path: Path, data_config:
     assert "2 steps in a row were skipped" in done.stderr
     assert "loss is not finite in sample 16" in done.stderr, "the log names the sample"
     assert [row["step"] for row in rows(tmp_path / "run")][-1] == 4, "the skipped steps are on record"
-
-
-def test_hook_state_that_differs_between_ranks_is_never_saved(tmp_path: Path, data_config: DataConfig) -> None:
-    config = tiny_config(tmp_path, data_config, hooks={"local": {"hook": "tests.dist.hooks:RankLocalState"}})
-    done = run("launch.train", str(config), ranks=2)
-    assert done.returncode == 4
-    assert "hook state on rank 1 differs from rank 0" in done.stderr
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

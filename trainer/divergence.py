@@ -1,0 +1,47 @@
+"""Are the ranks still training the same model? Asked before every checkpoint, so that none is of a run that split.
+
+Replicas of a tensor must be equal bit for bit: every rank applies the same reduced gradients. A silent error of memory
+or a missing reduction on one rank breaks that, and no loss shows it for a long time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from trainer import ranks
+from trainer.engine import expert_group
+from trainer.errors import NumericError
+from trainer.hooks import HookList
+
+_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def refuse_divergence(model: nn.Module, hooks: HookList, step: int) -> None:
+    """Raise NumericError, on every rank, that names the first tensor or the hook state of which copies differ.
+
+    Two collectives; every rank calls it. At ZeRO 3 there would be no copies to compare.
+    """
+    digests = ranks.gather_objects(hooks.digest())
+    odd = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if odd is not None:
+        raise NumericError(f"step {step}: hook state on rank {odd} differs from rank 0; nothing was saved")
+    names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = [name for name in model.state_dict(keep_vars=True) if name in names]
+    own = torch.stack([checksum(names[name]) for name in kept])
+    found = ranks.all_gather(own).tolist()
+    for column, name in enumerate(kept):
+        group = expert_group(model, name)
+        # Of experts spread over G ranks, every G-th rank has the same share.
+        shares = 1 if group is None else torch.distributed.get_world_size(group)
+        for rank, row in enumerate(found):
+            if row[column] != found[rank % shares][column]:
+                raise NumericError(
+                    f"step {step}: {name} on rank {rank} differs from its copy on rank {rank % shares}; nothing was "
+                    "saved, earlier checkpoints are intact: look at that rank's memory, then start again"
+                )
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's elements read as integers, modulo 2^64: an int64 scalar on its device."""
+    integers = tensor.detach().contiguous().view(_AS_INTEGERS[tensor.element_size()])
+    return integers.sum(dtype=torch.int64)
