@@ -64,6 +64,11 @@ class RunConfig:
             found.append(f"engine.expert_parallel_size: {shares} does not divide the number of ranks ({world_size})")
         if shares > 1 and self.model.num_moe_layers < 1:
             found.append(f"engine.expert_parallel_size: {shares}, but the model has no experts; set it to 1")
+        if self.train.accumulation in ("deferred", "frozen") and not self.engine.keeps_graphs:
+            found.append(
+                f"train.accumulation: {self.train.accumulation} keeps graphs, which DeepSpeed would spoil at "
+                "engine.zero_stage 3; use auto or two_pass"
+            )
         if self.train.accumulation == "frozen" and (self.model.aux_loss.any or self.model.has_mtp):
             found.append(
                 "train.accumulation: frozen scales the whole gradient by the weights' divisor, so it cannot be used "
