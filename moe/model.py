@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe.attention import build_attention
 from moe.aux_losses import mean_probabilities, sequence_loss, switch_loss, z_loss
 from moe.config import LOSS_CHUNK, ModelConfig
 from moe.documents import Layout, document_layout
 from moe.experts import Experts
-from moe.layers import Attention, FeedForward, RMSNorm, rotary_table
+from moe.layers import FeedForward, RMSNorm, rotary_table
 from moe.router import THRESHOLD_BINS, Router, Routing, RoutingStats, count_by_sample
 
 IGNORED_LABEL = -100
@@ -110,7 +111,7 @@ class Block(nn.Module):
         """`num_experts`: routed experts of this block; 0 makes it dense."""
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = build_attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = (
             MoELayer(config.with_experts(num_experts), parallel_size=parallel_size)
