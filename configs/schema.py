@@ -26,6 +26,9 @@ class RunConfig:
     """Folder of the run; empty means runs/<name>. Starting again with the same folder resumes."""
     seed: int = 0
     """Seed of initial weights, dropout and sample order."""
+    init_from: str = ""
+    """Folder of initial weights (`launch.from_hf` writes one, a checkpoint is one); empty draws them.
+    Read only while the run folder has no checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -29,8 +29,8 @@ class Imported(NamedTuple):
     """Whether its router has a selection bias."""
     interleaved: bool
     """Whether its files interleave the rotated pairs of latent attention."""
-    notes: list[str]
-    """What was left out, one line each."""
+    mtp_layers: int
+    """Layers of multi-token prediction behind the model's own, which are left out."""
 
 
 def has_selection_bias(architecture: str) -> bool:
@@ -162,7 +162,8 @@ def from_hf(hf: Mapping[str, Any]) -> Imported:
         fields |= {"attention": "mla", "mla": LatentConfig(q_lora_rank=hf.get("q_lora_rank") or 0, **widths)}
         fields["num_kv_heads"] = fields["num_heads"]
     else:
-        fields["head_dim"] = hf.get("head_dim") or 0
+        head_dim = hf.get("head_dim") or 0
+        fields["head_dim"] = 0 if head_dim * fields["num_heads"] == fields["hidden_size"] else head_dim
         fields["attention_bias"] = bool(hf.get("attention_bias", kind == "qwen2"))
         fields["qk_norm"] = bool(hf.get("use_qk_norm", False)) if kind == "glm4_moe" else kind.startswith("qwen3")
         if kind == "glm4_moe":
@@ -174,9 +175,8 @@ def from_hf(hf: Mapping[str, Any]) -> Imported:
     problems += model.problems()
     if problems:
         raise ConfigError(*(f"config.json: {line}" for line in problems))
-    extra = hf.get("num_nextn_predict_layers") or hf.get("num_mtp_layers") or 0
-    notes = [f"{extra} multi-token-prediction layers are left out (model.mtp_weight starts a new one)"] if extra else []
-    return Imported(model, vocab_size, has_selection_bias(kind), bool(hf.get("rope_interleave", True)), notes)
+    mtp_layers = hf.get("num_nextn_predict_layers") or hf.get("num_mtp_layers") or 0
+    return Imported(model, vocab_size, has_selection_bias(kind), bool(hf.get("rope_interleave", True)), mtp_layers)
 
 
 class _Reader:

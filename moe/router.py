@@ -169,6 +169,10 @@ class Router(nn.Module):
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
         self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
         if multiplicative:
+            if self.expert_bias_E.unique().numel() > 1:
+                raise ConfigError(
+                    "expert bias: rule multiplicative cannot start from the biases of init_from; they add"
+                )
             self.expert_bias_E.fill_(1.0)
 
     @property
