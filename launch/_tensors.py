@@ -25,7 +25,7 @@ class TensorFolder:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError if there are no safetensors, CheckpointError if they cannot be read."""
         self._path = path
-        self._files = {}
+        self._files: dict[str, Any] = {}
         try:
             for file in _weight_files(path):
                 handle = safe_open(file, framework="pt")
