@@ -60,6 +60,13 @@ bench-peers: $(READY) ## install the peers of the bench that are no dependency, 
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/peers.txt
 
+lm-eval: $(READY) ## install lm-evaluation-harness, which is no dependency, into .venv-bench
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@# It sees the packages of .venv, so torch and transformers are there once, at the versions we test.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/evenkeel.pth"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/lm_eval.txt
+
 audit: ## look up every pinned version in the Python advisory database; fails if one cannot be looked up
 	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
