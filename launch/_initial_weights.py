@@ -46,6 +46,8 @@ def check_initial_weights(config: RunConfig, corpus: TokenCorpus) -> None:
     Raises ConfigError that names what does not fit, CheckpointError if the folder is unreadable.
     """
     folder = Path(config.init_from)
+    if not folder.is_dir():
+        raise ConfigError(f"init_from: {folder} is no folder; name one that launch.from_hf wrote, or a checkpoint")
     manifest, source = read_manifest(folder), _open(folder)
     expected = manifest.get("tokenizer_sha256")
     if expected is not None and expected != tokenizer_digest(

@@ -72,7 +72,7 @@ def model_card(
         dtype=dtype,
         step=step,
         steps=config.train.steps,
-        tokens=f"{tokens[-1]:,}" if tokens else "not recorded",
+        tokens=f"{int(tokens[-1]):,}" if tokens else "not recorded",
         source=config.data.source,
         heldout=f"{losses[-1][1]:.4f} (measured at step {losses[-1][0]:,})" if losses else "not measured",
         sha256=manifest["files"][WEIGHTS]["sha256"],

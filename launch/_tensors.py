@@ -109,6 +109,7 @@ class ShardWriter:
             safetensors.torch.save_file(self._pending, path, {"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{path}: cannot be written ({error}); free space and start again") from error
+        path.chmod(self._folder.stat().st_mode & 0o666)  # the library keeps files to their owner
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -8,7 +8,6 @@ from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._corpus import open_corpus
 from moe.model import MoEDecoder
-from trainer import ranks
 from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
@@ -19,7 +18,7 @@ def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, 
 
     Raises CheckpointError if the run has no intact checkpoint.
     """
-    config = load_run_config(run_dir / "config.yaml", world_size=ranks.world_size())
+    config = load_run_config(run_dir / "config.yaml", world_size=None)
     corpus = open_corpus(config)
     folder = newest_intact(run_dir / "checkpoints")
     if folder is None:

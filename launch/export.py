@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     shard_bytes = _size(arguments.shard_size)
-    config = load_run_config(arguments.run / "config.yaml")
+    config = load_run_config(arguments.run / "config.yaml", world_size=None)
     architecture = arguments.architecture or choose_architecture(config.model)
     problems = export_problems(config.model, architecture)
     if problems:

@@ -53,7 +53,7 @@ def write_run(
     folder: Path, data: DataConfig, *, biased: bool = True, dtype: torch.dtype = torch.float32, **sections: object
 ) -> tuple[Path, RunConfig, MoEDecoder]:
     """A run folder with one checkpoint; the model in it."""
-    config = load_run_config(tiny_config(folder, data, **sections))
+    config = load_run_config(tiny_config(folder, data, **sections), world_size=None)
     manifest = read_manifest(Path(data.path))
     assert manifest is not None
     model = MoEDecoder(config.model, vocab_size=manifest["tokenizer"]["vocab_size"]).eval()
