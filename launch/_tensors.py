@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from trainer.errors import CheckpointError, ConfigError, StorageError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "MANIFEST.json"
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 class TensorFolder:
@@ -114,6 +116,14 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB. Raises ConfigError if it is none."""
+    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
+    if found is None or not int(found[1]):
+        raise ConfigError(f"--shard-size: '{text}' is no size such as 500MB or 5GB")
+    return int(found[1]) * _SIZES[found[2]]
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file, as manifests have them."""
     with path.open("rb") as file:
@@ -142,7 +152,7 @@ def verify_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
 
     Raises CheckpointError that names the first file that differs.
     """
-    names = sorted(name for name in manifest["files"] if name == WEIGHTS or name.startswith("model-"))
+    names = sorted(name for name in manifest["files"] if name in (WEIGHTS, INDEX) or name.startswith("model-"))
     complaint = None if names else f"{MANIFEST} names no {WEIGHTS}"
     for name in names[ranks.rank() :: ranks.world_size()]:
         path = folder / name

@@ -10,8 +10,6 @@ The checkpoint's hashes are verified first. Weights are read and written tensor 
 
 import argparse
 import json
-import logging
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from configs.schema import RunConfig
 from launch._cli import run_command
 from launch._model_card import model_card
 from launch._new_folder import new_folder
-from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, read_manifest, verify_weights
+from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, parse_size, read_manifest, verify_weights
+from launch._trained import has_multiplicative_bias
 from moe.hf_config import CLASSES, Architecture, choose_architecture, export_problems, has_selection_bias, to_hf
 from moe.hf_layout import layout
 from trainer.checkpoint import newest_intact
@@ -33,10 +32,7 @@ from trainer.data.prepare import TOKENIZER
 from trainer.data.prepare import read_manifest as read_corpus_manifest
 from trainer.errors import CheckpointError, ConfigError
 
-log = logging.getLogger("evenkeel")
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shard-size", default="5GB", help="largest weight file, such as 500MB (default 5GB)")
     arguments = parser.parse_intermixed_args(argv)
 
-    shard_bytes = _size(arguments.shard_size)
+    shard_bytes = parse_size(arguments.shard_size)
     config = load_run_config(arguments.run / "config.yaml", world_size=None)
     architecture = arguments.architecture or choose_architecture(config.model)
     problems = export_problems(config.model, architecture)
@@ -129,11 +125,7 @@ def _refuse_lost_bias(source: TensorFolder, architecture: Architecture, config: 
     """Raises ConfigError if the biases take part in the selection and the architecture has no place for them."""
     names = sorted(name for name in source.names if name.startswith("blocks.") and name.endswith("expert_bias_E"))
     biased = {name: bias_E for name in names if (bias_E := source.read(name)).min() < bias_E.max()}
-    multiplicative = any(
-        spec["enabled"] and spec["hook"] == "expert_bias" and spec["rule"] == "multiplicative"
-        for spec in config.hooks.values()
-    )
-    if biased and multiplicative:
+    if biased and has_multiplicative_bias(config):
         raise ConfigError(
             "hooks.expert_bias.rule: multiplicative multiplies the scores; no architecture does, they add the bias"
         )
@@ -189,13 +181,6 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, end: int, max_length: i
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
-    if found is None or not int(found[1]):
-        raise ConfigError(f"--shard-size: '{text}' is no size such as 500MB or 5GB")
-    return int(found[1]) * _SIZES[found[2]]
 
 
 if __name__ == "__main__":

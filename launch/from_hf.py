@@ -13,12 +13,11 @@ Writes weights with hashes, the tokenizer and config.yaml. Prepare text with it,
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -28,32 +27,19 @@ from torch import Tensor
 from configs.loader import to_dict
 from configs.schema import RunConfig
 from launch._cli import run_command
-from launch._initial_weights import model_settings, tokenizer_digest
+from launch._initial_weights import model_settings, model_tensors, tokenizer_digest
 from launch._new_folder import new_folder
-from launch._tensors import MANIFEST, ShardWriter, TensorFolder, file_entry
+from launch._tensors import MANIFEST, ShardWriter, TensorFolder, file_entry, parse_size
+from launch._upcycling import Upcycling, add_upcycling_options, plan_upcycling, upcycle, upcycled_config
 from moe.config import ModelConfig
 from moe.hf_config import Imported, from_hf
 from moe.hf_layout import Place, layout
-from moe.upcycling import upcycle_down, upcycle_gate_up, upcycle_problems, upcycle_router
+from moe.model import MoEDecoder
 from trainer.checkpoint import FORMAT
 from trainer.data.prepare import TOKENIZER
 from trainer.errors import CheckpointError, ConfigError
 
-_SHARD_BYTES = 5 * 10**9
 _VOCABULARY = ("embedding.weight", "head.weight")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Upcycling:
-    """How a dense model becomes a mixture of experts."""
-
-    num_experts: int
-    top_k: int
-    granularity: int
-    dense_layers: int
-    router_score: Literal["sigmoid", "softmax"]
-    router_std: float
-    seed: int
 
 
 def main(argv: list[str]) -> int:
@@ -63,20 +49,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
-    upcycling = parser.add_argument_group("upcycling of a dense model")
-    upcycling.add_argument("--experts", type=int, help="experts a layer")
-    upcycling.add_argument("--top-k", type=int, help="experts a token uses (default: 2 x granularity)")
-    upcycling.add_argument("--granularity", type=int, help="pieces each feed-forward is cut into (default 1)")
-    upcycling.add_argument("--dense-layers", type=int, help="first layers that stay dense (default 0)")
-    upcycling.add_argument("--router", choices=["sigmoid", "softmax"], help="score function (default sigmoid)")
-    upcycling.add_argument("--router-std", type=float, help="deviation of the new routers' weights (default 0.02)")
-    upcycling.add_argument("--seed", type=int, help="seed of the new routers (default 0)")
+    parser.add_argument("--shard-size", default="5GB", help="largest weight file, such as 500MB (default 5GB)")
+    add_upcycling_options(parser)
     arguments = parser.parse_intermixed_args(argv)
 
+    shard_bytes = parse_size(arguments.shard_size)
     described = _read_config(arguments.folder)
     imported = from_hf(described)
-    plan = _plan(arguments, imported)
-    model = imported.model if plan is None else _upcycled(imported.model, plan)
+    plan = plan_upcycling(arguments, imported.model)
+    model = imported.model if plan is None else upcycled_config(imported.model, plan)
     problems = model.problems()
     if problems:
         raise ConfigError(*(f"model.{line}" for line in problems))
@@ -86,8 +67,9 @@ def main(argv: list[str]) -> int:
         notes.append("the layers of multi-token prediction are left out; model.mtp_weight starts a new one")
 
     with new_folder(arguments.out) as staging:
-        with ShardWriter(staging, _SHARD_BYTES) as writer:
+        with ShardWriter(staging, shard_bytes) as writer:
             _write_weights(imported, plan, source, vocab_size, writer)
+        _check_shapes(TensorFolder(staging), model, vocab_size)
         _write_manifest(staging, model, tokenizer, arguments.folder)
         (staging / "config.yaml").write_text(_config_yaml(model, arguments.out, tokenizer is not None))
     for line in notes:
@@ -107,56 +89,6 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(described, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(described).__name__}")
     return described
-
-
-def _plan(arguments: argparse.Namespace, imported: Imported) -> Upcycling | None:
-    """How to upcycle, or None for a model that has experts already. Raises ConfigError for options that do not fit."""
-    names = ("experts", "top_k", "granularity", "dense_layers", "router", "router_std", "seed")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    is_dense = not any(imported.model.block_experts)
-    if not is_dense:
-        if given:
-            raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: the model has experts already; leave it out")
-        return None
-    if "experts" not in given:
-        raise ConfigError("--experts: the model is dense; say how many experts its feed-forwards become")
-    granularity = given.get("granularity", 1)
-    plan = Upcycling(
-        num_experts=given["experts"],
-        top_k=given.get("top_k", 2 * granularity),
-        granularity=granularity,
-        dense_layers=given.get("dense_layers", 0),
-        router_score=given.get("router", "sigmoid"),
-        router_std=given.get("router_std", 0.02),
-        seed=given.get("seed", 0),
-    )
-    problems = upcycle_problems(
-        width=imported.model.dense_intermediate_size,
-        num_experts=plan.num_experts,
-        top_k=plan.top_k,
-        granularity=plan.granularity,
-    )
-    if not 0 <= plan.dense_layers < imported.model.num_layers:
-        problems.append(f"--dense-layers: {plan.dense_layers} must be in [0, {imported.model.num_layers})")
-    if not 0 < plan.router_std < float("inf"):
-        problems.append(f"--router-std: {plan.router_std} must be finite and positive")
-    if problems:
-        raise ConfigError(*problems)
-    return plan
-
-
-def _upcycled(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
-    return dataclasses.replace(
-        dense,
-        num_dense_layers=plan.dense_layers,
-        num_experts=plan.num_experts,
-        top_k=plan.top_k,
-        expert_intermediate_size=dense.dense_intermediate_size // plan.granularity,
-        num_shared_experts=0,
-        router_score=plan.router_score,
-        normalize_gates=True,
-        routed_scale=float(plan.granularity),
-    )
 
 
 def _vocabulary(folder: Path, rows: int) -> tuple[Tokenizer | None, int, list[str]]:
@@ -187,9 +119,10 @@ def _write_weights(
         tensor = _join(place, source, used)
         if place.ours in _VOCABULARY:
             tensor = tensor[:vocab_size]
-        block, _, rest = place.ours.removeprefix("blocks.").partition(".")
-        if plan is not None and rest.startswith("mlp.") and int(block) >= plan.dense_layers:
-            _write_upcycled(f"blocks.{block}.mlp", rest, tensor, imported.model, plan, generator, writer)
+        mlp, _, matrix = place.ours.partition(".mlp.")
+        if plan is not None and matrix and int(mlp.removeprefix("blocks.")) >= plan.dense_layers:
+            for name, made in upcycle(f"{mlp}.mlp", matrix, tensor, plan, generator):
+                writer.add(name, made)
         else:
             writer.add(place.ours, tensor)
     if plan is None and not imported.has_bias:
@@ -200,31 +133,27 @@ def _write_weights(
 
 
 def _join(place: Place, source: TensorFolder, used: set[str]) -> Tensor:
-    parts = []
-    for part in place.parts:
-        used.update(part.theirs)
-        parts.append(part.join([source.read(name) for name in part.theirs]))
-    tensor = torch.stack(parts) if place.stacked else parts[0]
+    used.update(name for part in place.parts for name in part.theirs)
+    read = [[source.read(name) for name in part.theirs] for part in place.parts]
+    try:
+        parts = [part.join(tensors) for part, tensors in zip(place.parts, read, strict=True)]
+        tensor = torch.stack(parts) if place.stacked else parts[0]
+    except RuntimeError:
+        raise CheckpointError(f"{place.parts[0].theirs[0]}: does not have the shape that config.json says") from None
     return tensor.float() if place.ours.endswith("expert_bias_E") else tensor
 
 
-def _write_upcycled(
-    mlp: str,
-    rest: str,
-    tensor: Tensor,
-    dense: ModelConfig,
-    plan: Upcycling,
-    generator: torch.Generator,
-    writer: ShardWriter,
-) -> None:
-    sizes = {"num_experts": plan.num_experts, "granularity": plan.granularity}
-    if rest == "mlp.down.weight":
-        writer.add(f"{mlp}.experts.down", upcycle_down(tensor, **sizes))
-        return
-    writer.add(f"{mlp}.experts.gate_up", upcycle_gate_up(tensor, **sizes))
-    router = upcycle_router(**sizes, hidden_size=dense.hidden_size, std=plan.router_std, generator=generator)
-    writer.add(f"{mlp}.router.weight", router.to(tensor.dtype))
-    writer.add(f"{mlp}.router.expert_bias_E", torch.zeros(plan.num_experts))
+def _check_shapes(written: TensorFolder, model: ModelConfig, vocab_size: int) -> None:
+    """Raises CheckpointError if the weights are not those of the model that config.json describes."""
+    with torch.device("meta"):
+        expected = model_tensors(MoEDecoder(model, vocab_size=vocab_size))
+    assert expected.keys() == written.names
+    for name, tensor in expected.items():
+        if written.shape(name) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name}: has shape {written.shape(name)}, config.json makes it {tuple(tensor.shape)}; the two do "
+                "not belong together"
+            )
 
 
 def _refuse_leftovers(source: TensorFolder, used: set[str], imported: Imported) -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moe.blocks import MoELayer
 from moe.config import ModelConfig
 from moe.layers import FeedForward
-from moe.model import MoELayer
 from tests.bench.peers import PEERS, Peer, Weights
 from tests.bench.report import Report
 from tests.bench.timing import Timing, interleaved

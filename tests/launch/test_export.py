@@ -9,6 +9,7 @@ import yaml
 
 from launch import export
 from launch._cli import run_command
+from launch._trained import load_trained_model
 from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run, write_weights
 from trainer.data.config import DataConfig
 
@@ -139,12 +140,18 @@ def test_a_multiplicative_bias_has_no_place_unless_it_never_moved(
     assert run_command(export.main, [str(run), "--out", str(tmp_path / "out")]) == 2
     assert "hooks.expert_bias.rule: multiplicative" in capsys.readouterr().err
     for layer in model.moe_layers():
+        layer.router._multiplicative = True
+    loaded = load_trained_model(run, torch.device("cpu"))[2].eval()
+    tokens_BT = some_tokens(model.embedding.num_embeddings)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens_BT), model(tokens_BT)), "an evaluation multiplies too"
+
+    for layer in model.moe_layers():
         layer.router.expert_bias_E.fill_(1.0)
     checkpoint = run / "checkpoints" / f"step-{STEP:08d}"
     fingerprint = json.loads((checkpoint / "MANIFEST.json").read_text())["identity"]["data.fingerprint"]
     write_weights(checkpoint, model, fingerprint)
     assert run_command(export.main, [str(run), "--out", str(tmp_path / "out")]) == 0
-    tokens_BT = some_tokens(model.embedding.num_embeddings)
     with torch.no_grad():
         assert close(logits_of(tmp_path / "out", tokens_BT), model(tokens_BT))
 

@@ -16,6 +16,7 @@ from launch import export, from_hf, train
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._initial_weights import load_initial_weights
+from launch._tensors import TensorFolder
 from moe.model import MoEDecoder
 from tests.harness import losses, run
 from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run
@@ -23,6 +24,7 @@ from tests.launch.test_export import close, some_tokens
 from tests.moe.test_parity import randomize
 from trainer.checkpoint import whole_weights
 from trainer.data.config import DataConfig
+from trainer.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,7 +43,7 @@ def convert(folder: Path, out: Path, *options: str) -> None:
 def initial_model(folder: Path) -> MoEDecoder:
     config = load_run_config(folder / "config.yaml")
     assert config.init_from == str(folder)
-    rows = safetensors.torch.load_file(folder / "model.safetensors")["embedding.weight"].shape[0]
+    rows = TensorFolder(folder).shape("embedding.weight")[0]
     model = MoEDecoder(config.model, vocab_size=rows)
     load_initial_weights(model, config)
     return model.eval()
@@ -89,6 +91,27 @@ def test_folders_of_transformers(name: str, settings: dict[str, object], tmp_pat
     tokens_BT = some_tokens(VOCAB)
     with torch.no_grad():
         assert close(initial_model(tmp_path / "initial")(tokens_BT), theirs(tokens_BT).logits)
+
+
+def test_rows_without_a_token_are_left_out_and_shards_are_read(
+    tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SMALL, **EXPERTS, "num_experts": 8, "head_dim": 16, "vocab_size": 328}
+    theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    shutil.copy(Path(data_config.path) / "tokenizer.json", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "initial", "--shard-size", "50K")
+    assert "8 rows of the embedding belong to no token" in capsys.readouterr().out
+    assert len(list((tmp_path / "initial").glob("model-*-of-*.safetensors"))) > 2
+    tokens_BT = some_tokens(320)
+    with torch.no_grad():
+        assert close(initial_model(tmp_path / "initial")(tokens_BT), theirs(tokens_BT).logits[..., :320])
+
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(described | {"vocab_size": 300}))
+    assert run_command(from_hf.main, [str(tmp_path / "hf"), "--out", str(tmp_path / "other")]) == 2
+    assert "has 320 tokens, the model's embedding only 300 rows" in capsys.readouterr().err
 
 
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +169,8 @@ def test_an_upcycled_model_is_the_dense_one(name: str, options: list[str], tmp_p
         ({"rope_parameters": {"rope_type": "yarn"}}, ["--experts", "8"], "rope_type yarn is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, ["--experts", "8"], "quantization_config"),
         ({"hidden_size": None}, ["--experts", "8"], "hidden_size: is missing"),
+        ({"intermediate_size": 40}, ["--experts", "8"], "mlp.experts.gate_up: has shape (8, 64, 96), config.json"),
+        ({"vocab_size": 97}, ["--experts", "8"], "embedding.weight: has shape (96, 64), config.json makes it (97, 64)"),
         ({"num_hidden_layers": 2}, ["--experts", "8"], "model.layers.2.input_layernorm.weight: our model has no place"),
         ({"num_hidden_layers": 4}, ["--experts", "8"], "has no tensor model.layers.3"),
     ],
@@ -227,8 +252,6 @@ def test_training_starts_from_the_weights_and_resumes_without_them(initial: Path
     assert losses(initial.parent / "sharded") == pytest.approx(losses(initial.parent / "run"), rel=1e-5)
 
     shutil.rmtree(initial)
-    resumed = run("launch.train", str(initial.parent / "train.yaml"), "train.steps=3")
-    assert resumed.returncode == 2, "its config.yaml was included from there"
     (initial.parent / "alone.yaml").write_text((initial.parent / "run" / "config.yaml").read_text())
     resumed = run("launch.train", str(initial.parent / "alone.yaml"), "train.steps=3")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
@@ -258,15 +281,17 @@ def test_weights_that_do_not_fit_the_run_are_one_line(
     fails(3, "MANIFEST.json is unreadable")
 
 
-def test_damaged_weights_are_exit_3(initial: Path, data_config: DataConfig) -> None:
-    config = training_config(initial, data_config)
+def test_damaged_weights_are_not_loaded(initial: Path, data_config: DataConfig) -> None:
+    config = load_run_config(training_config(initial, data_config))
     weights = initial / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    done = run("launch.train", str(config))
-    assert done.returncode == 3
-    assert "model.safetensors does not have the size and hash in the manifest" in done.stderr.splitlines()[-1]
+    model = MoEDecoder(config.model, vocab_size=320)
+    before = {name: tensor.clone() for name, tensor in whole_weights(model).items()}
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not have the size and hash in the manifest"):
+        load_initial_weights(model, config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole_weights(model).items())
 
 
 def test_a_checkpoint_is_initial_weights_too(tmp_path: Path, data_config: DataConfig) -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from moe.blocks import MoELayer
 from moe.config import ModelConfig
 from moe.latent import LatentConfig
-from moe.model import MoEDecoder, MoELayer
+from moe.model import MoEDecoder
 
 transformers = pytest.importorskip("transformers")
 
