@@ -92,7 +92,7 @@ def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
 def upcycle(
     mlp: str, matrix: str, tensor: Tensor, plan: Upcycling, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the experts `mlp` by name, from a matrix of the dense feed-forward; `gate_up` brings the router too."""
+    """Tensors of the layer `mlp` by name, from a matrix of its dense feed-forward; `gate_up` brings the router too."""
     sizes = {"num_experts": plan.num_experts, "granularity": plan.granularity}
     if matrix == "down.weight":
         yield f"{mlp}.experts.down", upcycle_down(tensor, **sizes)

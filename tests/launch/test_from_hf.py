@@ -18,7 +18,7 @@ from launch._corpus import open_corpus
 from launch._initial_weights import load_initial_weights
 from launch._tensors import TensorFolder
 from moe.model import MoEDecoder
-from tests.harness import losses, run
+from tests.harness import losses, run_trainings
 from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run
 from tests.launch.test_export import close, some_tokens
 from tests.moe.test_parity import randomize
@@ -232,31 +232,27 @@ def training_config(initial: Path, data: DataConfig, **sections: object) -> Path
 
 
 def test_training_starts_from_the_weights_and_resumes_without_them(initial: Path, data_config: DataConfig) -> None:
-    config = training_config(initial, data_config)
-    done = run("launch.train", str(config))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"initial weights from {initial}" in done.stderr
-    sharded = run(
-        "launch.train", str(config), f"run_dir={initial.parent / 'sharded'}", "engine.expert_parallel_size=2", ranks=2
+    config, run_dir, sharded = training_config(initial, data_config), initial.parent / "run", initial.parent / "sharded"
+    run_trainings(
+        [
+            (config, []),
+            (config, [f"run_dir={sharded}", "engine.expert_parallel_size=2"]),
+            (config, ["train.steps=3", "init_from=/nowhere"]),
+        ],
+        ranks=2,
     )
-    assert sharded.returncode == 0, sharded.stderr[-2000:]
-
     # The loss of the first step is that of the weights, on the rows the step saw.
     loaded = load_run_config(config)
-    corpus = open_corpus(loaded)
-    batch = corpus.train_batch(np.arange(4))
+    batch = open_corpus(loaded).train_batch(np.arange(4))
     model = initial_model(initial)
     with torch.no_grad():
         expected = model(batch.tokens_ST, batch.labels_ST).sum() / (batch.labels_ST != -100).sum()
-    assert losses(initial.parent / "run")[0] == pytest.approx(expected.item(), rel=1e-5)
-    assert losses(initial.parent / "sharded") == pytest.approx(losses(initial.parent / "run"), rel=1e-5)
-
-    shutil.rmtree(initial)
-    (initial.parent / "alone.yaml").write_text((initial.parent / "run" / "config.yaml").read_text())
-    resumed = run("launch.train", str(initial.parent / "alone.yaml"), "train.steps=3")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert "resumed from step 2" in resumed.stderr
-    assert "initial weights" not in resumed.stderr
+    assert losses(run_dir)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses(sharded) == pytest.approx(losses(run_dir)[:2], rel=1e-5)
+    log = (run_dir / "log.txt").read_text()
+    assert log.count(f"initial weights from {initial}") == 1
+    assert "resumed from step 2" in log
+    assert len(losses(run_dir)) == 3
 
 
 def test_weights_that_do_not_fit_the_run_are_one_line(
