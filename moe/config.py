@@ -189,6 +189,8 @@ class ModelConfig:
             found.append(f"head_dim: {self.head_size} is odd; rotary positions need an even width")
         if not 0 < self.partial_rotary <= 1:
             found.append(f"partial_rotary: {self.partial_rotary} must be in (0, 1]")
+        elif self.rotary_size < 2:
+            found.append(f"partial_rotary: {self.partial_rotary} turns nothing in a head of width {self.head_size}")
         if self.mla.is_set:
             found.append("mla: is not read with attention gqa; set attention to mla or remove it")
         return found

@@ -126,7 +126,7 @@ def to_hf(
         "num_nextn_predict_layers": 0,
     }
     if architecture == "glm4_moe":
-        share = config.rotary_size / config.head_size
+        share = _rotary_share(config)
         rope["partial_rotary_factor"] = share
         return common | {"head_dim": config.head_size, "use_qk_norm": config.qk_norm, "partial_rotary_factor": share}
     widths = dataclasses.asdict(config.mla)
@@ -177,6 +177,13 @@ def from_hf(hf: Mapping[str, Any]) -> Imported:
         raise ConfigError(*(f"config.json: {line}" for line in problems))
     mtp_layers = hf.get("num_nextn_predict_layers") or hf.get("num_mtp_layers") or 0
     return Imported(model, vocab_size, has_selection_bias(kind), bool(hf.get("rope_interleave", True)), mtp_layers)
+
+
+def _rotary_share(config: ModelConfig) -> float:
+    """The share of a head that is turned, so that rounding head x share down gives the even width that ours turns."""
+    if int(config.head_size * config.partial_rotary) == config.rotary_size:
+        return config.partial_rotary
+    return (config.rotary_size + 0.5) / config.head_size  # away from both neighbours: r / head x head may fall below r
 
 
 class _Reader:
