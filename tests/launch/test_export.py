@@ -1,6 +1,7 @@
 """An exported folder is what transformers makes of it: the same logits, and text."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,18 @@ def test_wrong_folders(tmp_path: Path, data_config: DataConfig, capsys: pytest.C
     fails(3, "model.safetensors does not have the size and hash", str(run), "--out", out, "--step", str(STEP))
     fails(3, "no intact checkpoint", str(run), "--out", out)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_space_left_is_exit_6_and_leaves_nothing(
+    tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _, _ = write_run(tmp_path, data_config)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code = run_command(export.main, [str(run), "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 6
+    assert "cannot be written" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "config.yaml"}

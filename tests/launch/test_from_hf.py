@@ -201,6 +201,16 @@ def test_pickled_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "pytorch_model.bin is a pickle, which could run code" in capsys.readouterr().err
 
 
+def test_an_index_stays_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hf"
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, head_dim=16)).save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run_command(from_hf.main, [str(folder), "--out", str(tmp_path / "out"), "--experts", "8"]) == 3
+    assert "names files outside its folder" in capsys.readouterr().err
+
+
 @pytest.fixture
 def initial(tmp_path: Path, data_config: DataConfig) -> Path:
     """Initial weights made from a run's export, with the tokenizer of the test corpus."""
