@@ -40,6 +40,11 @@ BAD_VALUES = {
     "hooks.sample_reweight.temperature.shape=linear": "final: 0.0 must be finite and positive",
     "hooks.token_reweight.b1=1.0": "b1: focal does not read it",
     "hooks.domain_reweight.rule=static": "weights: rule static needs the weight of each domain",
+    "model.attention=mha": "model.attention",
+    "model.mla.kv_lora_rank=16": "mla: is not read with attention gqa",
+    "model={attention: mla, num_kv_heads: 4, mla: {kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 4}}":
+        "mla.v_head_dim: must be at least 1 with attention mla",
+    "init_from=/nowhere": "init_from: /nowhere is no folder",
     "model.num_groups=3": "num_groups: 3 does not divide num_experts (8)",
     "model.expert_intermediate_size=20": "20 must be a positive multiple of 8",
     "train.global_batch_size=7": "not divisible by micro_batch_size x ranks = 2 x 1 = 2",
