@@ -25,7 +25,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,15 +33,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import ranks
 from trainer.divergence import refuse_divergence
-from trainer.engine import Engine, expert_group
+from trainer.engine import Engine
 from trainer.errors import CheckpointError, StorageError
 from trainer.hooks import HookList, State
+from trainer.model_weights import load_weights, whole_weights
 from trainer.optimizer_state import INDEX, Spans, fragments_file, read_fragments, write_fragments, write_index
 
 log = logging.getLogger("evenkeel")
@@ -103,7 +102,7 @@ class CheckpointStore:
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
-        weights = whole_weights(engine)
+        weights = whole_weights(engine.module, engine.whole)
         shares = ranks.gather_objects(_write_share(staging, engine, hooks, state, weights))
         failed = [share.problem for share in shares if share.problem]
         _on_main(
@@ -122,7 +121,7 @@ class CheckpointStore:
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
-        load_weights(engine.module, folder / WEIGHTS, whole=partial(engine.whole, write=True))
+        load_weights(engine.module, folder / WEIGHTS, partial(engine.whole, write=True))
         engine.clock = read_fragments(folder, engine.fragments())
         saved = json.loads((folder / "state.json").read_text())
         notes = hooks.load_state_dict(_read_hook_states(folder, saved["hooks"]))
@@ -245,49 +244,6 @@ def _write_share(
     return dataclasses.replace(share, files=files, spans=spans)
 
 
-def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and persistent buffers on the host, tied ones once, cut ones put together.
-
-    A collective: every rank calls it.
-    """
-    whole = {}
-    for name, tensor in _weights(engine.module).items():
-        group = expert_group(engine.module, name)
-        with engine.whole(tensor) if isinstance(tensor, nn.Parameter) else nullcontext():
-            value = tensor.detach()
-            if group is not None:
-                parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-                dist.all_gather(parts, value.contiguous(), group=group)
-                value = torch.cat(parts)
-            whole[name] = value.to("cpu", copy=True).contiguous()
-    return whole
-
-
-@torch.no_grad()
-def load_weights(
-    model: nn.Module,
-    path: Path,
-    *,
-    whole: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> None:
-    """Read `model.safetensors` into a model of the same shape; of sharded experts, this rank's share.
-
-    `whole`: what makes a parameter whole while it is written (Engine.whole).
-    Raises CheckpointError that names the first tensor that does not fit.
-    """
-    saved, own = safetensors.torch.load_file(path), _weights(model)
-    for name in sorted(saved.keys() | own.keys()):
-        tensor, target = saved.get(name), own.get(name)
-        group = None if target is None else expert_group(model, name)
-        if tensor is not None and group is not None:
-            tensor = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-        shape = None if target is None else getattr(target, "ds_shape", target.shape)
-        if tensor is None or target is None or tensor.shape != shape:
-            raise CheckpointError(f"{path}: {name} does not fit the model; it was saved by a model of another shape")
-        with whole(target) if isinstance(target, nn.Parameter) else nullcontext():
-            target.detach().copy_(tensor)
-
-
 def newest_intact(root: Path) -> Path | None:
     """The newest checkpoint under `root` whose files all have their recorded hash; None if there is none at all.
 
@@ -305,13 +261,6 @@ def newest_intact(root: Path) -> Path | None:
     if rejected:
         raise CheckpointError(f"no intact checkpoint: {'; '.join(rejected)}. Restore one, or train in a new run_dir")
     return None
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    # named_parameters lists a tied tensor once; state_dict knows which buffers are meant to be kept.
-    kept = model.state_dict().keys()
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name in kept}
 
 
 def _on_main(action: Callable[[], None]) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer import ranks
-from trainer.engine import expert_group
 from trainer.errors import NumericError
 from trainer.hooks import HookList
+from trainer.model_weights import expert_group
 
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

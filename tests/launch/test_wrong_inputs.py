@@ -49,7 +49,6 @@ BAD_VALUES = {
     "model.expert_intermediate_size=20": "20 must be a positive multiple of 8",
     "train.global_batch_size=7": "not divisible by micro_batch_size x ranks = 2 x 1 = 2",
     "schedule.warmup_steps=99": "warm-up and decay take 99 steps, the run has 12",
-    "engine={zero_stage: 3, expert_parallel_size: 2}": "at 3 it has no expert groups",
     "engine.zero_stage=7": "zero_stage: 7 does not exist",
     "engine.precision=fp8": "engine.precision",
     "engine.grad_accumulation=bf16": "bf16 with precision fp32",
