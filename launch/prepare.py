@@ -119,7 +119,7 @@ def _table(manifest: dict[str, Any]) -> Table:
     dropped: dict[str, dict[str, int]] = manifest["dropped"]
     reasons = sorted({reason for counts in dropped.values() for reason in counts})
     table = Table(title=f"vocabulary {manifest['tokenizer']['vocab_size']}")
-    table.add_column("domain")
+    table.add_column("domain", no_wrap=True)
     for title in ("documents", "tokens", "held-out documents", "held-out tokens", "bytes/token"):
         table.add_column(title, justify="right")
     for reason in reasons:

@@ -98,8 +98,8 @@ def _look_up(record: dict[str, Any], field: str) -> tuple[bool, Any]:
 
 
 def _document(piece: Piece, row: int, text: object, domain: object) -> Document | BadDocument:
-    name = piece.domain if domain is None else str(domain)
     try:
+        name = piece.domain if domain is None else domain.decode() if isinstance(domain, bytes) else str(domain)
         if isinstance(text, bytes):
             text = text.decode()
         elif isinstance(text, str):

@@ -20,6 +20,7 @@ from trainer.errors import PeerLostError
 
 T = TypeVar("T")
 R = TypeVar("R")
+_THREADS = "TOKENIZERS_PARALLELISM"
 _TASKS_AHEAD = 2  # for each worker: what bounds the memory that waiting tasks take
 
 
@@ -31,18 +32,22 @@ class Done(Generic[R]):
 
 
 class WorkerPool:
-    """`workers` processes; with one, tasks run in this process."""
+    """`workers` processes; with one, tasks run in this process. A worker uses one core."""
 
     def __init__(self, workers: int) -> None:
         assert workers > 0
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
+        self._threads: str | None = None
 
     def __enter__(self) -> "WorkerPool":
         if self._workers > 1:
             self._executor = ProcessPoolExecutor(
                 self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
             )
+        else:
+            self._threads = os.environ.get(_THREADS)
+            os.environ[_THREADS] = "false"
         return self
 
     def __exit__(
@@ -50,6 +55,10 @@ class WorkerPool:
     ) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+        elif self._threads is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = self._threads
 
     def ordered(self, function: Callable[[T], R], tasks: Iterable[T | Done[R]]) -> Iterator[R]:
         """`function` of each task, in order; tasks are taken only a few ahead.
@@ -105,7 +114,7 @@ def _worker_lost() -> PeerLostError:
 
 def _start_worker() -> None:
     """One core a worker; an interrupt is the parent's business; without a parent there is nothing to work for."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[_THREADS] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

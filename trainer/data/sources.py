@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from trainer.errors import CheckpointError, ConfigError, StorageError
 
 _LINES = {".jsonl": json_line_pieces, ".txt": text_piece}
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".tar": "webdataset"}
+_END_MARKS = {".tar": (bytes(1024),), ".arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")}
+"""What complete files end with, of formats whose readers take the end of a truncated one for the end of the data."""
 _GROUP_BYTES = 1 << 24
 _TABLE_ROWS = 64  # records read at once; a piece is a MiB of them or one
 _PIECE_BYTES = 1 << 20
@@ -143,6 +146,8 @@ def _file_pieces(key: str, path: Path, template: Piece) -> Iterator[Piece]:
     suffix = _format(path)
     after = 0
     try:
+        if not path.stat().st_size:
+            return
         if suffix in _TABLES:
             found = _table_pieces(_open_table(_TABLES[suffix], path), template)
         else:
@@ -151,6 +156,8 @@ def _file_pieces(key: str, path: Path, template: Piece) -> Iterator[Piece]:
         for piece in found:
             yield piece
             after += piece.rows
+        if suffix in _END_MARKS:
+            _check_end(path, _END_MARKS[suffix])
     except ConfigError:
         raise
     except FileNotFoundError as error:
@@ -162,17 +169,20 @@ def _file_pieces(key: str, path: Path, template: Piece) -> Iterator[Piece]:
         yield template._replace(first_row=after + 1, rows=1, kind="bad", payload=problem.encode())
 
 
+def _check_end(path: Path, marks: tuple[bytes, ...]) -> None:
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, max(map(len, marks))), os.SEEK_END)
+        if not file.read().endswith(marks):
+            raise EOFError("its end is missing")
+
+
 def _open_table(loader: str, path: Path) -> Any:
-    if not path.stat().st_size:
-        return None
     options = {"batch_size": _TABLE_ROWS} if loader == "parquet" else {}
     return _datasets().load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
 
 
 def _table_pieces(rows: Any, template: Piece) -> Iterator[Piece]:
     """Records of an iterable dataset, only the columns that are asked for, as Arrow streams."""
-    if rows is None:
-        return
     if known := rows.column_names:
         text_columns = {template.text_field, template.text_field.split(".")[0]}
         if not text_columns & set(known):

@@ -59,6 +59,7 @@ def make_parts(
                 if not intact:
                     del journal.parts[part.stream, part.number]
         seen = 0
+        progress(Status("tokenizing", total=total))
         for made in pool.ordered(_MakePart(part_settings), _tasks(config, streams, journal, part_bytes)):
             if isinstance(made, BadDocument):
                 raise bad_document(made)
