@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +191,15 @@ def is_intact(folder: str | Path, part: Part) -> bool:
         return False
 
 
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Have an OSError say which file it is about, which those of writes do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def text_digest(text: str) -> bytes:
     """What copies of a text have in common, 16 bytes."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:DIGEST_BYTES]
@@ -246,6 +256,7 @@ def _write(path: Path, kept: Sequence[Kept], filters: FilterConfig, settings: Pa
     # The process in the name: a worker that outlived its preparation may be writing the same part.
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     content = save(arrays)
-    temporary.write_bytes(content)
+    with errors_named(temporary):
+        temporary.write_bytes(content)
     os.replace(temporary, path)
     return hashlib.sha256(content).hexdigest()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from trainer.data.duplicates import DUPLICATE, KEPT, NEAR_DUPLICATE
+from trainer.data.parts import errors_named
 
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _SMALL_VOCABULARY = 65500
@@ -65,17 +66,19 @@ class _HashedFile:
     """A file whose sha256 is known when it is closed, and which is on the disk then."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("wb")
         self._hasher = hashlib.sha256()
         self._size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with errors_named(self._path):
+            self._file.write(data)
         self._hasher.update(data)
         self._size += len(data)
 
     def close(self) -> dict[str, Any]:
-        with self._file as file:
+        with errors_named(self._path), self._file as file:
             file.flush()
             os.fsync(file.fileno())
         return {"size": self._size, "sha256": self._hasher.hexdigest()}
