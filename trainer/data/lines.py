@@ -9,13 +9,13 @@ from typing import BinaryIO
 from trainer.data.documents import Piece
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 MAX_DOCUMENT_BYTES = 1 << 28
 """A line, or a text file, of more is no document but a mistake, and would not fit into memory many times over."""
 
 
 def json_line_pieces(path: Path, template: Piece) -> Iterator[Piece]:
-    """Whole lines, about a MiB a piece. `template` has the piece's other fields.
+    """Whole lines, about CHUNK bytes a piece. `template` has the piece's other fields.
 
     Raises OSError if the file is gone or damaged, once all whole lines before that are out.
     """

@@ -124,7 +124,7 @@ def _tokenizer(
 ) -> Any:
     """The tokenizer of the corpus, saved in `staging`; a trained one is taken from there if nothing changed."""
     path, note = staging / TOKENIZER, staging / "tokenizer.key"
-    identities = [stream.identity() for stream in streams]
+    identities = [stream.identity for stream in streams]
     key = settings_key(settings, *identities) if all(identities) else ""
     if config.tokenizer != "bpe":
         tokenizer = load_tokenizer(config.tokenizer)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from trainer.data.config import DataConfig
 from trainer.data.documents import BadDocument, Document, Piece, parse
-from trainer.data.lines import PACKED, json_line_pieces, text_piece
+from trainer.data.lines import CHUNK, PACKED, json_line_pieces, text_piece
 from trainer.data.local_python import local_python_documents
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig
 from trainer.errors import CheckpointError, ConfigError, StorageError
@@ -26,8 +26,7 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".tar": "w
 _END_MARKS = {".tar": (bytes(1024),), ".arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")}
 """What complete files end with, of formats whose readers take the end of a truncated one for the end of the data."""
 _GROUP_BYTES = 1 << 24
-_TABLE_ROWS = 64  # records read at once; a piece is a MiB of them or one
-_PIECE_BYTES = 1 << 20
+_TABLE_ROWS = 64  # records read at once
 
 
 class Stream(NamedTuple):
@@ -37,8 +36,10 @@ class Stream(NamedTuple):
     pieces: Callable[[], Iterator[Piece]]
     size: int
     """Bytes on disk; 0 if unknown."""
-    identity: Callable[[], str]
-    """Changes if the source may have changed; empty if nothing tells."""
+    identify: Callable[[], str]
+    """Its identity now: another one if the source may have changed; empty if nothing tells."""
+    identity: str
+    """Its identity when the stream was found."""
     files: dict[str, int]
     """Size of each local file."""
     domain: str = ""
@@ -85,7 +86,7 @@ def _streams(key: str, entry: DomainConfig, config: DataConfig, *, domain: str |
         domain_field="" if domain else config.domain_field, domain=domain or "",
     )  # fmt: skip
     if entry.source == LOCAL_PYTHON:
-        return [Stream(LOCAL_PYTHON, lambda: _local_python_pieces(template), 0, lambda: "", {})]
+        return [Stream(LOCAL_PYTHON, lambda: _local_python_pieces(template), 0, lambda: "", "", {})]
     if entry.is_hub:
         return _hub_streams(key, entry, template)
     return [_file_stream(key, group, template) for group in _groups(_files(key, Path(entry.source)))]
@@ -130,7 +131,7 @@ def _file_stream(key: str, paths: list[Path], template: Piece) -> Stream:
             domain = template.domain or path.name.split(".")[0]
             yield from _file_pieces(key, path, template._replace(file=str(path), domain=domain))
 
-    def identity() -> str:
+    def identify() -> str:
         try:
             found = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
         except FileNotFoundError as error:
@@ -138,7 +139,7 @@ def _file_stream(key: str, paths: list[Path], template: Piece) -> Stream:
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    return Stream(name, pieces, sum(sizes.values()), identity, sizes)
+    return Stream(name, pieces, sum(sizes.values()), identify, identify(), sizes)
 
 
 def _file_pieces(key: str, path: Path, template: Piece) -> Iterator[Piece]:
@@ -198,7 +199,7 @@ def _table_pieces(rows: Any, template: Piece) -> Iterator[Piece]:
 
 
 def _halved(table: Any) -> Iterator[Any]:
-    if table.nbytes <= _PIECE_BYTES or len(table) < 2:
+    if table.nbytes <= CHUNK or len(table) < 2:
         yield table
     else:
         middle = len(table) // 2
@@ -245,7 +246,7 @@ def _hub_streams(key: str, entry: DomainConfig, template: Piece) -> list[Stream]
                     "finished parts are kept"
                 ) from error
 
-        return Stream(place, pieces, 0, lambda: place, {})
+        return Stream(place, pieces, 0, lambda: place, place, {})
 
     return [stream(index) for index in range(shards)]
 
@@ -257,7 +258,7 @@ def _local_python_pieces(template: Piece) -> Iterator[Piece]:
     for text, domain in local_python_documents():
         lines.append(json.dumps({"text": text, "domain": domain}))
         size += len(lines[-1])
-        if size >= _PIECE_BYTES:
+        if size >= CHUNK:
             yield template._replace(first_row=row, rows=len(lines), payload="\n".join(lines).encode())
             row += len(lines)
             lines, size = [], 0

@@ -106,11 +106,10 @@ def _tasks(
 ) -> Iterator[PartTask | Done[Part | BadDocument | _StreamEnd]]:
     """What there is to do, in source order. Streams that are known to be finished are not read."""
     for index, stream in enumerate(streams):
-        identity = stream.identity()
-        finished = journal.finished(index, identity)
+        finished = journal.finished(index, stream.identity)
         if finished is not None:
             yield from (Done(part) for part in finished)
-            yield Done(_StreamEnd(index, identity, len(finished)))
+            yield Done(_StreamEnd(index, stream.identity, len(finished)))
             continue
         filters = config.filters_of(stream.domain)
         number = 0
@@ -119,9 +118,9 @@ def _tasks(
             old = journal.parts.get((index, number))
             yield Done(old) if old is not None and old.input_digest == task.digest else task
             number += 1
-        if stream.identity() != identity:
-            raise CheckpointError(f"{stream.name} changed while it was read; start again when it is complete")
-        yield Done(_StreamEnd(index, identity, number))
+        if stream.identify() != stream.identity:
+            raise CheckpointError(f"{stream.name} changed since the preparation began; start again when it is complete")
+        yield Done(_StreamEnd(index, stream.identity, number))
 
 
 def _cut(pieces: Iterator[Piece], part_bytes: int) -> Iterator[tuple[Piece, ...]]:
