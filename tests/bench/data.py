@@ -11,7 +11,7 @@ machines are compared; what else runs on them is in the figures, so CPU time aga
 - megatron style: the scheme of Megatron-LM's tools/preprocess_data.py: lines through `Pool.imap` in chunks of 32, one
   `encode` each, the parent adds documents to an IndexedDatasetBuilder. Nothing is filtered or hashed. The start of the
   pool is not counted.
-- datatrove: its JsonlReader and DocumentTokenizer under a LocalPipelineExecutor, a task a file. From `make bench-peers`.
+- datatrove: its JsonlReader and DocumentTokenizer under a LocalPipelineExecutor, a file a task; of `make bench-peers`.
 """
 
 import argparse

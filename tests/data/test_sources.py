@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import load_run_config
-from tests.harness import ROOT
+from tests.data.hub import hub
+from tests.harness import ROOT, environment
 from trainer.data import lines
 from trainer.data.config import DataConfig
 from trainer.data.documents import Document, Piece, parse
 from trainer.data.mixture import DomainConfig
+from trainer.data.parts import is_heldout
 from trainer.data.sources import read_documents, streams_of
 from trainer.errors import CheckpointError, ConfigError
 
@@ -177,6 +181,45 @@ def test_a_line_that_is_no_document_is_passed_over(tmp_path: Path, monkeypatch: 
     assert [d.text if isinstance(d, Document) else d.problem for d in found] == [
         "a", f"{tmp_path / 'a.jsonl'}: row 2 has more than 3 MiB; split it into documents", "b",
     ]  # fmt: skip
+
+
+HUB_READER = """
+import json, sys
+from trainer.data.config import DataConfig
+from trainer.data.mixture import DomainConfig
+from trainer.data.prepare import prepare
+from trainer.data.parts import is_heldout
+from trainer.data.sources import read_documents, streams_of
+from trainer.errors import EvenkeelError
+for number, entry in enumerate(json.loads(sys.argv[1])):
+    try:
+        config = DataConfig(path=f"{sys.argv[2]}/{number}", domains={"web": DomainConfig(**entry)}, vocab_size=260)
+        manifest, _ = prepare(config, workers=1)
+        found = [len(streams_of(config)), manifest["domains"]["web"]["train"]["documents"]]
+        print(json.dumps([*found, [document.text for document in read_documents(config)]]))
+    except EvenkeelError as error:
+        print(json.dumps(f"{error.exit_code} {error}"))
+"""
+
+
+def test_a_hub_dataset_is_read_at_its_commit(tmp_path: Path) -> None:
+    commit, other = "1234567890" * 4, "0123456789" * 4
+    texts = [[f"text {n}" for n in range(70)], ["the last one"]]
+    files = {f"data/train-0000{n}-of-00002.parquet": parquet(pa.table({"body": part})) for n, part in enumerate(texts)}
+    entry = {"source": "hub:owner/name", "revision": commit, "text_field": "body"}
+    changes = [{}, {"streaming": False}, {"revision": other}, {"text_field": "text"}]
+    with hub("owner/name", commit, files) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_READER, json.dumps([entry | change for change in changes]), str(tmp_path)],
+            env=environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache")), capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    streamed, downloaded, missing, wrong = (json.loads(line) for line in done.stdout.splitlines())
+    kept = sum(not is_heldout(text, 0.02) for part in texts for text in part)
+    assert streamed == [2, kept, texts[0] + texts[1]]
+    assert downloaded == [1, kept, texts[0] + texts[1]]
+    assert missing.startswith("2 data.domains.web.source: hub:owner/name cannot be opened (")
+    assert wrong.startswith("2 hub:owner/name (shard 0): has no column 'text' (columns: body)")
 
 
 @given(

@@ -26,6 +26,7 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".tar": "w
 _END_MARKS = {".tar": (bytes(1024),), ".arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")}
 """What complete files end with, of formats whose readers take the end of a truncated one for the end of the data."""
 _GROUP_BYTES = 1 << 24
+_SHARD_BYTES = 1 << 28  # of a downloaded dataset: what is read again after a kill
 _TABLE_ROWS = 64  # records read at once
 
 
@@ -223,11 +224,15 @@ def _serialized(table: Any) -> bytes:
 def _hub_streams(key: str, entry: DomainConfig, template: Piece) -> list[Stream]:
     name = entry.source.removeprefix(HUB)
     try:
-        rows = _datasets().load_dataset(
-            name, entry.subset or None, split=entry.split, revision=entry.revision, streaming=entry.streaming
-        )
-        if not entry.streaming:
-            rows = rows.to_iterable_dataset()
+        builder = _datasets().load_dataset_builder(name, entry.subset or None, revision=entry.revision)
+        if builder.hash != entry.revision:  # it takes what is in its cache for want of what is asked for
+            raise LookupError(f"there is no commit {entry.revision}, or no connection")
+        if entry.streaming:
+            rows = builder.as_streaming_dataset(split=entry.split)
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=entry.split)
+            rows = rows.to_iterable_dataset(num_shards=min(max(rows.data.nbytes // _SHARD_BYTES, 1), max(len(rows), 1)))
         shards = int(rows.num_shards)
     except Exception as error:  # the hub, the network and the builders raise errors of many kinds
         raise ConfigError(f"{key}: {entry.source} cannot be opened ({_first_line(error)})") from error
@@ -240,6 +245,8 @@ def _hub_streams(key: str, entry: DomainConfig, template: Piece) -> list[Stream]
             labelled = template._replace(file=f"{entry.source} (shard {index})")
             try:
                 yield from _table_pieces(rows.shard(shards, index), labelled)
+            except ConfigError:
+                raise
             except Exception as error:
                 raise StorageError(
                     f"{key}: shard {index} of {entry.source} cannot be read ({_first_line(error)}); start again, "
