@@ -44,7 +44,7 @@ def followers(signatures_NP: NDArray[np.uint32], threshold: float) -> NDArray[np
     """Documents with an earlier one of estimated similarity >= threshold, bool [N].
 
     In each band a document is compared to the first and to the previous of those that share it, so that text repeated
-    a million times costs two million comparisons. The array may be a memory map; 16 bytes a document are held.
+    a million times costs two million comparisons. The array may be a memory map; about 40 bytes a document are held.
     """
     follows_N = np.zeros(len(signatures_NP), dtype=np.bool_)
     width = band_width(threshold)

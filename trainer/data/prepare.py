@@ -81,6 +81,7 @@ def prepare(config: DataConfig, *, workers: int = 1, progress: Progress = lambda
             with _kept_if_worth_it(staging):
                 manifest = _build(config, settings, staging, workers, progress)
                 os.replace(staging / "corpus", target)
+                _fsync(target.parent)
             shutil.rmtree(staging)
             return manifest, True
     except OSError as error:
@@ -116,6 +117,8 @@ def _build(config: DataConfig, settings: dict[str, Any], staging: Path, workers:
     sizes = {name: size for stream in streams for name, size in stream.files.items()}
     (corpus / SOURCES).write_text(json.dumps(sizes, indent=1))
     (corpus / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (corpus / TOKENIZER, corpus / SOURCES, corpus / MANIFEST, corpus):
+        _fsync(path)
     return manifest
 
 
@@ -200,6 +203,15 @@ def _kept_if_worth_it(staging: Path) -> Iterator[None]:
             known = _storage_error(error, staging) if isinstance(error, OSError) else error
             raise type(known)(f"{known} ({kept} finished parts are kept in {staging} for the next start)") from error
         raise
+
+
+def _fsync(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _storage_error(error: OSError, target: Path) -> StorageError:
