@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # workers import this module again: nothing heavy at the top
 
 NUM_FILES = 4
 VOCABULARY = 16384
-ROUNDS = 3
+ROUNDS = 2
 
 
 class Spent(NamedTuple):
@@ -69,7 +69,7 @@ def write_text(folder: Path, source: str, megabytes: float, workers: int) -> Tex
     from trainer.data.sources import read_documents, streams_of
     from trainer.data.tokenizer import sample_for_training, train_bpe
 
-    config = DataConfig(source=source)
+    config = DataConfig(source=source, tokenizer_sample_mb=2.0)
     tokenizer = train_bpe(sample_for_training(config, streams_of(config)), VOCABULARY)
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = [document.text for document in read_documents(config)]
@@ -234,7 +234,7 @@ TASKS: dict[str, Callable[[Text, list[Spent]], None]] = {
 }
 
 
-def measure(report: "Report", *, source: str = "local_python", megabytes: float = 48, workers: int = 0) -> None:
+def measure(report: "Report", *, source: str = "local_python", megabytes: float = 24, workers: int = 0) -> None:
     """Prepare against bare encoding and the peers."""
     from trainer.data.pool import usable_cores
 
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--source", default="local_python", help="as data.source (default: local_python)")
-    parser.add_argument("--megabytes", type=float, default=48, help="text to work on (default: 48)")
+    parser.add_argument("--megabytes", type=float, default=24, help="text to work on (default: 24)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a usable core)")
     arguments = parser.parse_args(argv)
     report = Report()

@@ -4,7 +4,6 @@ import io
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from trainer.data.documents import Piece
 
@@ -62,11 +61,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     import pyarrow as pa
 
     if path.suffix == ".xz":
-        return lzma.open(path)  # type: ignore[return-value]
+        return lzma.open(path)
     compression = "detect" if path.suffix in PACKED else None
     # Buffered: pieces must not depend on how many bytes a decompressor happens to return.
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), CHUNK)  # type: ignore[return-value]
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression), CHUNK)

@@ -20,14 +20,15 @@ from trainer.errors import PeerLostError
 
 T = TypeVar("T")
 R = TypeVar("R")
+K = TypeVar("K", covariant=True)
 _THREADS = "TOKENIZERS_PARALLELISM"
 _TASKS_AHEAD = 2  # for each worker: what bounds the memory that waiting tasks take
 
 
-class Done(Generic[R]):
+class Done(Generic[K]):
     """A result that needs no work; it keeps its place among the tasks."""
 
-    def __init__(self, value: R) -> None:
+    def __init__(self, value: K) -> None:
         self.value = value
 
 
@@ -60,13 +61,13 @@ class WorkerPool:
         else:
             os.environ[_THREADS] = self._threads
 
-    def ordered(self, function: Callable[[T], R], tasks: Iterable[T | Done[R]]) -> Iterator[R]:
+    def ordered(self, function: Callable[[T], R], tasks: Iterable[T | Done[K]]) -> Iterator[R | K]:
         """`function` of each task, in order; tasks are taken only a few ahead.
 
         An error comes at its place: of the function, or of `tasks`, once all results before it are out.
         Raises PeerLostError if a worker is killed.
         """
-        waiting: deque[Future[R] | Done[R]] = deque()
+        waiting: deque[Future[R] | Done[R | K]] = deque()
         source = iter(tasks)
         failure: Exception | None = None
         is_open = True

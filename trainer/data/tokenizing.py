@@ -7,6 +7,7 @@ part whose text is what it was is not tokenized again.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +56,16 @@ def make_parts(
         old = list(journal.parts.values())
         if old:
             progress(Status(f"verifying {len(old)} finished parts"))
-            for part, intact in zip(old, pool.ordered(_Intact(part_settings.folder), old), strict=True):
+            verified = pool.ordered(partial(is_intact, part_settings.folder), old)
+            for part, intact in zip(old, verified, strict=True):
                 if not intact:
                     del journal.parts[part.stream, part.number]
         seen = 0
         progress(Status("tokenizing", total=total))
-        for made in pool.ordered(_MakePart(part_settings), _tasks(config, streams, journal, part_bytes)):
+        made: Part | BadDocument | _StreamEnd
+        for made in pool.ordered(
+            partial(make_part, settings=part_settings), _tasks(config, streams, journal, part_bytes)
+        ):
             if isinstance(made, BadDocument):
                 raise bad_document(made)
             if isinstance(made, _StreamEnd):
@@ -87,23 +92,9 @@ class _StreamEnd(NamedTuple):
     num_parts: int
 
 
-class _MakePart(NamedTuple):
-    settings: PartSettings
-
-    def __call__(self, task: PartTask) -> Part | BadDocument | _StreamEnd:
-        return make_part(task, self.settings)
-
-
-class _Intact(NamedTuple):
-    folder: str
-
-    def __call__(self, part: Part) -> bool:
-        return is_intact(self.folder, part)
-
-
 def _tasks(
     config: DataConfig, streams: list[Stream], journal: Journal, part_bytes: int
-) -> Iterator[PartTask | Done[Part | BadDocument | _StreamEnd]]:
+) -> Iterator[PartTask | Done[Part | _StreamEnd]]:
     """What there is to do, in source order. Streams that are known to be finished are not read."""
     for index, stream in enumerate(streams):
         finished = journal.finished(index, stream.identity)
