@@ -73,10 +73,10 @@ def contents(folder: str | Path) -> dict[str, str]:
 
 @pytest.fixture
 def many_parts(tmp_path: Path) -> DataConfig:
-    """About twenty parts in three streams, with copies across them."""
+    """About a dozen parts in three streams, with copies across them."""
     names = [f"d{number}" for number in range(3)]
     sources = [
-        write_jsonl(tmp_path / "source" / f"{name}.jsonl", range(number * 400, number * 400 + 430), 600)
+        write_jsonl(tmp_path / "source" / f"{name}.jsonl", range(number * 280, number * 280 + 300), 430)
         for number, name in enumerate(names)
     ]
     domains = {name: DomainConfig(source=str(source)) for name, source in zip(names, sources, strict=True)}
@@ -184,7 +184,7 @@ def test_kill_9_anywhere_and_the_outcome_is_the_same(many_parts: DataConfig, wor
     draw = random.Random(workers)
     moments: list[Callable[[Path], bool]] = [
         lambda staging: staging.exists(),
-        *(after_lines(draw.randrange(2, 14)) for _ in range(3)),
+        *(after_lines(draw.randrange(2, 10)) for _ in range(3)),
         lambda staging: any(staging.glob("corpus/*.bin")),
     ]  # fmt: skip
     killed = [killed_once(many_parts, workers, moment) for moment in moments]
@@ -319,7 +319,7 @@ def test_a_full_disk_is_exit_6_and_the_next_start_goes_on(
 ) -> None:
     """The limit on file sizes stands for the full disk: parts fit, the first large shard does not."""
     path = config_file(many_parts)
-    limit = 1_200_000
+    limit = 600_000
     done = subprocess.run(
         command("launch.prepare", str(path), "--workers", "2"), env=environment(), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

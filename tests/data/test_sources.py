@@ -172,14 +172,19 @@ def test_small_files_are_read_together_and_large_ones_alone(tmp_path: Path) -> N
     assert [d.domain for d in read_documents(DataConfig(source=str(tmp_path)))] == ["0", "1", "2", "3", "4", "big"]
 
 
-def test_a_line_that_is_no_document_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [5 << 20, (3 << 20) + lines.CHUNK + 9])
+def test_a_line_that_is_no_document_is_passed_over(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lines, "MAX_DOCUMENT_BYTES", 3 << 20)
-    content = json_lines(["a"]) + json_lines(["y" * (5 << 20)]) + json_lines(["b"])
+    content = json_lines(["a"]) + json_lines(["y" * length]) + json_lines(["z" * (1 << 20), "b"]) + b"17\n"
     (tmp_path / "a.jsonl").write_bytes(content)
     (stream,) = streams_of(DataConfig(source=str(tmp_path / "a.jsonl")))
     found = [document for piece in stream.pieces() for document in parse(piece)]
-    assert [d.text if isinstance(d, Document) else d.problem for d in found] == [
-        "a", f"{tmp_path / 'a.jsonl'}: row 2 has more than 3 MiB; split it into documents", "b",
+    place = tmp_path / "a.jsonl"
+    assert [d.text[:1] if isinstance(d, Document) else d.problem for d in found] == [
+        "a", f"{place}: row 2 has more than 3 MiB; split it into documents", "z", "b",
+        f"{place}: row 5 is a JSON int, not an object",
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.data.documents import Piece
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 MAX_DOCUMENT_BYTES = 1 << 28
 """A line, or a text file, of more is no document but a mistake, and would not fit into memory many times over."""
 
@@ -18,24 +18,25 @@ def json_line_pieces(path: Path, template: Piece) -> Iterator[Piece]:
 
     Raises OSError if the file is gone or damaged, once all whole lines before that are out.
     """
-    row, rest, is_oversized = 1, b"", False
+    row, rest, is_oversized = 1, bytearray(), False
     for chunk in _chunks(path):
+        if is_oversized:  # drop what is left of the line
+            _, newline, chunk = chunk.partition(b"\n")
+            if not newline:
+                continue
+            row, is_oversized = row + 1, False
         lines, newline, after = chunk.rpartition(b"\n")
-        if not newline:
-            rest += b"" if is_oversized else after
-        else:
-            if is_oversized:  # drop what is left of the line
-                lines = lines.partition(b"\n")[2]
-                row, is_oversized = row + 1, False
-            payload = rest + lines
+        if newline:
+            payload = bytes(rest) + lines
             rows = payload.count(b"\n") + 1
             yield template._replace(first_row=row, rows=rows, payload=payload)
-            row, rest = row + rows, after
+            row, rest = row + rows, bytearray()
+        rest += after
         if len(rest) > MAX_DOCUMENT_BYTES:
             yield _oversized(template, row)
-            rest, is_oversized = b"", True
+            rest, is_oversized = bytearray(), True
     if rest:
-        yield template._replace(first_row=row, rows=1, payload=rest)
+        yield template._replace(first_row=row, rows=1, payload=bytes(rest))
 
 
 def text_piece(path: Path, template: Piece) -> Iterator[Piece]:
