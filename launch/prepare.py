@@ -83,10 +83,11 @@ class _View:
                     self._bars.update(self._task, visible=False)
                 self._task = self._bars.add_task(status.stage, total=status.total or None, rate="")
             assert self._task is not None
-            self._bars.update(self._task, completed=status.done, rate=self._rate())
+            self._bars.update(self._task, completed=status.done, rate=self._rate() if status.tokens else "")
         elif is_new or now - self._last_line >= _LINE_EVERY_S:
             share = f" {status.done / status.total:.0%}" if status.total and not is_new else ""
-            self._console.print(f"{status.stage}{share}{self._rate()} ...", highlight=False, soft_wrap=True)
+            rate = self._rate() if status.tokens else ""
+            self._console.print(f"{status.stage}{share}{rate} ...", highlight=False, soft_wrap=True)
             self._last_line = now
 
     def throughput(self, workers: int) -> str:

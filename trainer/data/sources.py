@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from trainer.data.config import DataConfig
 from trainer.data.documents import BadDocument, Document, Piece, parse
 from trainer.data.lines import CHUNK, PACKED, json_line_pieces, text_piece
-from trainer.data.local_python import local_python_documents
+from trainer.data.local_python import MOST_BYTES, local_python_documents
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig
 from trainer.errors import CheckpointError, ConfigError, StorageError
 
@@ -36,7 +36,7 @@ class Stream(NamedTuple):
     name: str
     pieces: Callable[[], Iterator[Piece]]
     size: int
-    """Bytes on disk; 0 if unknown."""
+    """Bytes on disk, about; 0 if unknown."""
     identify: Callable[[], str]
     """Its identity now: another one if the source may have changed; empty if nothing tells."""
     identity: str
@@ -87,7 +87,7 @@ def _streams(key: str, entry: DomainConfig, config: DataConfig, *, domain: str |
         domain_field="" if domain else config.domain_field, domain=domain or "",
     )  # fmt: skip
     if entry.source == LOCAL_PYTHON:
-        return [Stream(LOCAL_PYTHON, lambda: _local_python_pieces(template), 0, lambda: "", "", {})]
+        return [Stream(LOCAL_PYTHON, lambda: _local_python_pieces(template), MOST_BYTES, lambda: "", "", {})]
     if entry.is_hub:
         return _hub_streams(key, entry, template)
     return [_file_stream(key, group, template) for group in _groups(_files(key, Path(entry.source)))]

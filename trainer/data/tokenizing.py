@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from trainer.errors import CheckpointError
 
 _PART_BYTES = (1 << 18, 1 << 24)
 JOURNAL = "journal.jsonl"
-_PARTS = 1024  # wanted of a source whose size is known
+_PARTS = 1024  # wanted
+_UNKNOWN_SIZE = 1 << 30  # of a shard of a hub dataset
 
 
 class Status(NamedTuple):
@@ -48,7 +50,8 @@ def make_parts(
 ) -> list[Part]:
     """All parts in source order; those that an earlier start finished are verified and kept."""
     part_bytes = _part_bytes(streams)
-    key = settings_key(settings, hash_file(Path(part_settings.tokenizer)), str(part_bytes), str(FORMAT))
+    libraries = [version(name) for name in ("tokenizers", "rensa")]
+    key = settings_key(settings, hash_file(Path(part_settings.tokenizer)), str(part_bytes), str(FORMAT), *libraries)
     done_bytes = text_bytes = tokens = 0
     total = sum(stream.size for stream in streams) if all(stream.size for stream in streams) else 0
     parts: list[Part] = []
@@ -130,7 +133,7 @@ def _cut(pieces: Iterator[Piece], part_bytes: int) -> Iterator[tuple[Piece, ...]
 def _part_bytes(streams: list[Stream]) -> int:
     """Small enough to keep all workers busy to the end, large enough for few files. A function of the source alone."""
     least, most = _PART_BYTES
-    return min(most, max(least, sum(stream.size for stream in streams) // _PARTS))
+    return min(most, max(least, sum(stream.size or _UNKNOWN_SIZE for stream in streams) // _PARTS))
 
 
 def settings_key(settings: dict[str, Any], *more: str) -> str:

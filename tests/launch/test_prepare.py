@@ -1,0 +1,37 @@
+"""What `launch.prepare` shows while it works."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from launch import prepare as command_module
+from trainer.data.prepare import Status
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(command_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    file = io.StringIO()
+    with command_module._shown(Console(file=file, force_terminal=is_terminal, width=100)) as view:
+        view.show(Status("training the tokenizer"))
+        for done in (0, 25, 50, 75, 100):
+            view.show(Status("tokenizing", done, 100, done * 1_000_000, done * 250_000))
+        view.show(Status("looking for copies"))
+    shown = file.getvalue()
+    assert "tokenizing" in shown
+    assert ("\x1b[" in shown) == is_terminal
+    if not is_terminal:
+        assert shown.splitlines() == [
+            "training the tokenizer ...",
+            "tokenizing ...",
+            "tokenizing 50% at 4.2 MB/s, 1.04 M tokens/s ...",
+            "tokenizing 100% at 4.2 MB/s, 1.04 M tokens/s ...",
+            "looking for copies ...",
+        ]
+    assert view.throughput(2) == "; tokenized 100.0 MB to 25.00 M tokens at 4.2 MB/s, 1.04 M tokens/s with 2 workers"
+    assert command_module._View(Console(file=file), None).throughput(2) == ""
