@@ -172,6 +172,13 @@ def test_small_files_are_read_together_and_large_ones_alone(tmp_path: Path) -> N
     assert [d.domain for d in read_documents(DataConfig(source=str(tmp_path)))] == ["0", "1", "2", "3", "4", "big"]
 
 
+def test_files_of_other_kinds_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.csv", "c.jsonl.lz4"):
+        (tmp_path / name).write_bytes(json_lines(TEXTS))
+    assert len(list(read_documents(DataConfig(source=str(tmp_path))))) == len(TEXTS)
+    assert f"2 files of {tmp_path} are of other kinds (.csv, .lz4): not read" in caplog.text
+
+
 @pytest.mark.parametrize("length", [5 << 20, (3 << 20) + lines.CHUNK + 9])
 def test_a_line_that_is_no_document_is_passed_over(
     length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from trainer.data.local_python import MOST_BYTES, local_python_documents
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig
 from trainer.errors import CheckpointError, ConfigError, StorageError
 
+_log = logging.getLogger("evenkeel")
 _LINES = {".jsonl": json_line_pieces, ".txt": text_piece}
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".tar": "webdataset"}
 _END_MARKS = {".tar": (bytes(1024),), ".arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")}
@@ -100,6 +101,11 @@ def _files(key: str, source: Path) -> list[Path]:
     known = [path for path in files if _format(path)]
     if not known:
         raise ConfigError(f"{key}: {source} has no {', '.join([*_LINES, *_TABLES])} file")
+    if others := {path.suffix for path in files if not _format(path)}:
+        kinds = ", ".join(sorted(others)[:5])
+        _log.warning(
+            "%s: %s files of %s are of other kinds (%s): not read", key, len(files) - len(known), source, kinds
+        )
     return known
 
 
