@@ -245,11 +245,11 @@ def test_finished_parts_are_kept_unless_they_or_their_text_changed(many_parts: D
 
 
 def test_another_tokenizer_or_setting_uses_no_old_part(many_parts: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        stopped_at(many_parts, "writing shards", interrupt)
     other = dataclasses.replace(many_parts, vocab_size=280)
     fresh = dataclasses.replace(other, path=str(tmp_path / "fresh"))
     prepare(fresh)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(many_parts, "writing shards", interrupt)
     prepare(other)
     assert contents(other.path) == contents(fresh.path)
 

@@ -33,7 +33,7 @@ def pieces_of(texts: list[str]) -> tuple[Piece, ...]:
 def settings(tmp_path: Path) -> PartSettings:
     tokenizer = train_bpe(["one two three four five six seven eight"], 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return PartSettings(str(tmp_path), str(tmp_path / "tokenizer.json"), 0, "uint16", 0.3, skip_bad=False)
+    return PartSettings(str(tmp_path), str(tmp_path / "tokenizer.json"), "", 0, "uint16", 0.3, skip_bad=False)
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65499, 65500, 100_000])
@@ -66,7 +66,7 @@ def test_the_first_of_equal_texts_stays(
     folder = tmp_path_factory.mktemp("parts")
     tokenizer = train_bpe(["0 1 2 3"], 260)
     tokenizer.save(str(folder / "t.json"))
-    settings = PartSettings(str(folder), str(folder / "t.json"), 0, "uint16", 0.3, skip_bad=False)
+    settings = PartSettings(str(folder), str(folder / "t.json"), str(folder), 0, "uint16", 0.3, skip_bad=False)
     parts = []
     for index, part_numbers in enumerate(numbers):
         part = make_part(PartTask(0, index, pieces_of([str(n) for n in part_numbers]), FilterConfig()), settings)

@@ -1,12 +1,15 @@
 """What `launch.prepare` shows while it works."""
 
 import io
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from launch import prepare as command_module
+from launch._cli import run_command
 from trainer.data.prepare import Status
 
 
@@ -35,3 +38,21 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
         ]
     assert view.throughput(2) == "; tokenized 100.0 MB to 25.00 M tokens at 4.2 MB/s, 1.04 M tokens/s with 2 workers"
     assert command_module._View(Console(file=file), None).throughput(2) == ""
+
+
+def test_what_was_dropped_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "notes.jsonl"
+    texts = [f"note {number % 30} of some length" for number in range(40)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "", None]))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"data": {"path": str(tmp_path / "out"), "source": str(source), "vocab_size": 270}}))
+    arguments = [str(config), "data.on_bad_document=skip", "--workers", "1"]
+    for last in ("prepared in ", "already prepared: "):
+        assert run_command(command_module.main, arguments) == 0
+        shown = capsys.readouterr().out
+        (row,) = [line for line in shown.splitlines() if "notes" in line and "│" in line]
+        assert [cell.strip() for cell in row.split("│")[-4:-1]] == ["1", "10", "1"], "bad, copies, empty"
+        assert f"skipped: {source}: row 42: field 'text' holds NoneType, not text" in shown
+        assert last in shown
+    assert run_command(command_module.main, [str(config), "--workers", "1"]) == 2
+    assert "on_bad_document: skip -> stop" in capsys.readouterr().err

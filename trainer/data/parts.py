@@ -38,6 +38,7 @@ class PartSettings(NamedTuple):
 
     folder: str
     tokenizer: str
+    tokenizer_sha256: str
     end_of_document: int
     token_dtype: str
     heldout_fraction: float
@@ -121,7 +122,7 @@ def part_path(folder: str | Path, stream: int, number: int) -> Path:
 
 def make_part(task: PartTask, settings: PartSettings) -> Part | BadDocument:
     """Tokenize a part and write it; or the first bad document, unless those are skipped. Raises OSError."""
-    tokenizer = _load(settings.tokenizer)
+    tokenizer = _load(settings.tokenizer, settings.tokenizer_sha256)
     dropped: dict[str, Counter[str]] = {}
     bad: list[str] = []
     kept: list[Kept] = []
@@ -211,7 +212,8 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _load(path: str) -> Tokenizer:
+def _load(path: str, sha256: str) -> Tokenizer:
+    """A tokenizer, once a process; another one in the same place is another."""
     return Tokenizer.from_file(path)
 
 

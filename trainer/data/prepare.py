@@ -100,6 +100,7 @@ def _build(config: DataConfig, settings: dict[str, Any], staging: Path, workers:
     part_settings = PartSettings(
         folder=str(parts_folder),
         tokenizer=str(staging / TOKENIZER),
+        tokenizer_sha256=hash_file(staging / TOKENIZER),
         end_of_document=end_of_document(tokenizer),
         token_dtype=token_dtype(vocab_size),
         heldout_fraction=config.heldout_fraction,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from trainer.data.config import DataConfig
 from trainer.data.documents import BadDocument, Piece
 from trainer.data.journal import Journal
-from trainer.data.manifest import FORMAT, hash_file
+from trainer.data.manifest import FORMAT
 from trainer.data.parts import Part, PartSettings, PartTask, is_intact, make_part
 from trainer.data.pool import Done, WorkerPool
 from trainer.data.sources import Stream, bad_document
@@ -51,7 +51,7 @@ def make_parts(
     """All parts in source order; those that an earlier start finished are verified and kept."""
     part_bytes = _part_bytes(streams)
     libraries = [version(name) for name in ("tokenizers", "rensa")]
-    key = settings_key(settings, hash_file(Path(part_settings.tokenizer)), str(part_bytes), str(FORMAT), *libraries)
+    key = settings_key(settings, part_settings.tokenizer_sha256, str(part_bytes), str(FORMAT), *libraries)
     done_bytes = text_bytes = tokens = 0
     total = sum(stream.size for stream in streams) if all(stream.size for stream in streams) else 0
     parts: list[Part] = []
