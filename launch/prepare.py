@@ -42,10 +42,14 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--workers: {workers} must be at least 1")
     config = load_run_config(arguments.config, arguments.overrides)
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a log has room for whole numbers
     begin = time.monotonic()
     with _shown(console) as view:
         manifest, is_new = prepare(config.data, workers=workers, progress=view.show)
-    console.print(_table(manifest))
+    console.print(_kept(manifest))
+    if manifest["dropped"]:
+        console.print(_dropped(manifest))
     for problem in manifest["bad_documents"]:
         console.print(f"skipped: {problem}", highlight=False, markup=False, soft_wrap=True)
     seconds = time.monotonic() - begin
@@ -116,24 +120,29 @@ def _shown(console: Console) -> Iterator[_View]:
         yield _View(console, bars)
 
 
-def _table(manifest: dict[str, Any]) -> Table:
-    dropped: dict[str, dict[str, int]] = manifest["dropped"]
-    reasons = sorted({reason for counts in dropped.values() for reason in counts})
+def _kept(manifest: dict[str, Any]) -> Table:
     table = Table(title=f"vocabulary {manifest['tokenizer']['vocab_size']}")
     table.add_column("domain", no_wrap=True)
     for title in ("documents", "tokens", "held-out documents", "held-out tokens", "bytes/token"):
         table.add_column(title, justify="right")
-    for reason in reasons:
-        table.add_column(f"dropped: {reason}", justify="right")
-    domains = manifest["domains"]
-    empty = {"train": {"documents": 0, "tokens": 0}, "heldout": {"documents": 0, "tokens": 0}, "bytes": 0}
-    for name in sorted({*domains, *dropped}):
-        counts = domains.get(name, empty)
+    for name, counts in manifest["domains"].items():
         train, heldout = counts["train"], counts["heldout"]
         bytes_per_token = counts["bytes"] / max(train["tokens"] + heldout["tokens"], 1)
         cells = (train["documents"], train["tokens"], heldout["documents"], heldout["tokens"])
-        lost = [dropped.get(name, {}).get(reason, 0) for reason in reasons]
-        table.add_row(name, *(f"{cell:,}" for cell in cells), f"{bytes_per_token:.2f}", *(f"{n:,}" for n in lost))
+        table.add_row(name, *(f"{cell:,}" for cell in cells), f"{bytes_per_token:.2f}")
+    return table
+
+
+def _dropped(manifest: dict[str, Any]) -> Table:
+    """Documents left out, by domain and by the option or rule that did it."""
+    dropped: dict[str, dict[str, int]] = manifest["dropped"]
+    reasons = sorted({reason for counts in dropped.values() for reason in counts})
+    table = Table(title="documents dropped")
+    table.add_column("domain", no_wrap=True)
+    for reason in reasons:
+        table.add_column(reason, justify="right")
+    for name, counts in dropped.items():
+        table.add_row(name, *(f"{counts.get(reason, 0):,}" for reason in reasons))
     return table
 
 
