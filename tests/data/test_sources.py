@@ -268,6 +268,7 @@ def test_lines_are_cut_without_loss(
         (lambda c: c | {"domains": {"a": {}}}, "domains.a.source: is empty"),
         (lambda c: c | {"domains": {"a/b": {"source": "x"}}}, "'a/b' cannot name a domain"),
         (lambda c: c | {"domains": {"a": {"source": "x", "weight": -1}}}, "domains.a.weight: -1.0 must be finite"),
+        (lambda c: c | {"domains": {"a": {"source": "x", "weight": 0.0}}}, "weights: at least one domain needs"),
         (lambda c: c | {"domains": {"a": {"source": "x"}}, "source": "y"}, "source: is not read beside data.domains"),
         (
             lambda c: c | {"domains": {"a": {"source": "x", "weight": 1.0}, "b": {"source": "y"}}},

@@ -58,7 +58,7 @@ class DataConfig:
             found.append(f"heldout_fraction: {self.heldout_fraction} must be between 0 and 1")
         bad = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
         found += [f"weights.{name}: {weight} must be finite and not negative" for name, weight in bad.items()]
-        if self.weights and not bad and sum(self.weights.values()) <= 0:
+        if self.sampling_weights and not bad and sum(self.sampling_weights.values()) <= 0:
             found.append("weights: at least one domain needs a positive weight")
         for name, epochs in self.max_epochs.items():
             if not (math.isfinite(epochs) and epochs >= 0):
