@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,29 +194,26 @@ def test_a_torn_journal_counts_up_to_the_tear(settings: PartSettings, tmp_path: 
         assert not journal.parts
 
 
-def _square(number: int) -> int:
-    if number == 13:
-        raise ValueError("thirteen")
-    return number * number
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_and_errors_come_in_the_order_of_the_tasks(workers: int) -> None:
-    def tasks(last: int) -> list[int | Done[int]]:
-        return [Done(-n) if n % 5 == 4 else n for n in range(last)]
+    divided = partial(operator.floordiv, 720)  # of a light module: workers import where a function is from
+
+    def tasks(numbers: Iterable[int]) -> list[int | Done[int]]:
+        return [Done(-n) if n % 5 == 4 else n for n in numbers]
 
     with WorkerPool(workers) as pool:
-        assert list(pool.ordered(_square, tasks(12))) == [-n if n % 5 == 4 else n * n for n in range(12)]
+        expected = [-n if n % 5 == 4 else 720 // n for n in range(1, 13)]
+        assert list(pool.ordered(divided, tasks(range(1, 13)))) == expected
         found: list[int] = []
-        with pytest.raises(ValueError, match="thirteen"):
-            found.extend(pool.ordered(_square, tasks(30)))
-        assert len(found) == 13
+        with pytest.raises(ZeroDivisionError):
+            found.extend(pool.ordered(divided, tasks([*range(1, 13), 0, *range(1, 20)])))
+        assert found == expected
 
         def failing() -> Iterator[int | Done[int]]:
-            yield from tasks(3)
+            yield from tasks(range(1, 4))
             raise RuntimeError("the source failed")
 
         found = []
         with pytest.raises(RuntimeError, match="the source failed"):
-            found.extend(pool.ordered(_square, failing()))
-        assert found == [0, 1, 4]
+            found.extend(pool.ordered(divided, failing()))
+        assert found == expected[:3]
