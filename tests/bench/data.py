@@ -234,7 +234,7 @@ TASKS: dict[str, Callable[[Text, list[Spent]], None]] = {
 }
 
 
-def measure(report: "Report", *, source: str = "local_python", megabytes: float = 24, workers: int = 0) -> None:
+def measure(report: "Report", *, source: str = "local_python", megabytes: float = 48, workers: int = 0) -> None:
     """Prepare against bare encoding and the peers."""
     from trainer.data.pool import usable_cores
 
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--source", default="local_python", help="as data.source (default: local_python)")
-    parser.add_argument("--megabytes", type=float, default=24, help="text to work on (default: 24)")
+    parser.add_argument("--megabytes", type=float, default=48, help="text to work on (default: 48)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a usable core)")
     arguments = parser.parse_args(argv)
     report = Report()
