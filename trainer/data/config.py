@@ -1,8 +1,10 @@
 """What text a run trains on, and how it was turned into tokens."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig, FilterConfig, domain_name_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,10 +13,13 @@ class DataConfig:
 
     path: str = "data/local_python"
     """Folder of the prepared corpus (tokenizer, indexed shards, manifest)."""
-    source: str = "local_python"
-    """`local_python` (text that is on every machine with Python), a jsonl, parquet or txt file, or a folder of them."""
+    source: str = LOCAL_PYTHON
+    """`local_python` (text that is on every machine with Python), a jsonl, json, txt, parquet, arrow or tar file (also
+    .gz, .zst, .bz2 and .xz of jsonl and txt), or a folder of them."""
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    """A mixture instead of one source: domains by name, each with its own source; see configs/mixtures/."""
     text_field: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text, or column.field in nested ones."""
     domain_field: str = "domain"
     """Column that names the domain; where it is absent, the file's name without its ending is the domain."""
     tokenizer: str = "bpe"
@@ -25,9 +30,15 @@ class DataConfig:
     """Text the BPE is trained on, in MB, chosen by hash."""
     heldout_fraction: float = 0.02
     """Share of documents held out for evaluation, chosen by a hash of their text."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Which documents are left out."""
+    on_bad_document: Literal["stop", "skip"] = "stop"
+    """What a document that is not text (or the unreadable rest of a file) does: end the preparation, or be counted."""
 
     weights: dict[str, float] = field(default_factory=dict)
     """Share of training samples drawn from each domain; empty draws in proportion to the domains' tokens."""
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """Times a domain's text may be repeated in training, by domain; absent or 0: no cap."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents share rows: one stream cut into windows, or whole documents, as many as fit (with padding)."""
     num_workers: int = 0
@@ -47,8 +58,49 @@ class DataConfig:
             found.append(f"heldout_fraction: {self.heldout_fraction} must be between 0 and 1")
         bad = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
         found += [f"weights.{name}: {weight} must be finite and not negative" for name, weight in bad.items()]
-        if self.weights and not bad and sum(self.weights.values()) <= 0:
+        if self.sampling_weights and not bad and sum(self.sampling_weights.values()) <= 0:
             found.append("weights: at least one domain needs a positive weight")
+        for name, epochs in self.max_epochs.items():
+            if not (math.isfinite(epochs) and epochs >= 0):
+                found.append(f"max_epochs.{name}: {epochs} must be finite and not negative")
         if self.num_workers < 0:
             found.append(f"num_workers: {self.num_workers} is negative")
+        return found + [f"filters.{line}" for line in self.filters.problems()] + self._domain_problems()
+
+    @property
+    def sampling_weights(self) -> dict[str, float]:
+        """`weights`, with the mixture's where they say nothing."""
+        defaults = {name: domain.weight for name, domain in self.domains.items() if domain.weight is not None}
+        return defaults | self.weights
+
+    @property
+    def epoch_caps(self) -> dict[str, float]:
+        """`max_epochs`, with the mixture's where they say nothing; only caps, no zeros."""
+        caps = {name: domain.max_epochs for name, domain in self.domains.items()} | self.max_epochs
+        return {name: cap for name, cap in caps.items() if cap}
+
+    def filters_of(self, domain: str) -> FilterConfig:
+        """The filters, as a domain of the mixture changes them."""
+        entry = self.domains.get(domain, DomainConfig())
+        changes = {"min_characters": entry.min_characters, "max_characters": entry.max_characters}
+        return replace(self.filters, **{name: value for name, value in changes.items() if value is not None})
+
+    def _domain_problems(self) -> list[str]:
+        if not self.domains:
+            if self.source.startswith(HUB):
+                return [f"source: {self.source} needs a revision; make it a domain of data.domains"]
+            return []
+        found = []
+        if self.source != LOCAL_PYTHON:
+            found.append("source: is not read beside data.domains; make it one of them")
+        if self.domain_field != "domain":
+            found.append("domain_field: is not read beside data.domains, whose names are the domains")
+        without = [name for name, domain in self.domains.items() if domain.weight is None]
+        if 0 < len(without) < len(self.domains) and set(without) - set(self.weights):
+            found.append(f"domains.{without[0]}.weight: is missing; give every domain a weight, or none")
+        for name, domain in self.domains.items():
+            lines = domain.problems() + [line for line in self.filters_of(name).problems() if "characters" in line]
+            if problem := domain_name_problem(name):
+                lines.append(problem)
+            found += [f"domains.{name}.{line}" for line in lines]
         return found

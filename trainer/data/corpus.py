@@ -104,7 +104,7 @@ class TokenCorpus:
             manifest,
             sequence_length=sequence_length,
             seed=seed,
-            weights=config.weights,
+            weights=config.sampling_weights,
             packing=config.packing,
             mask_documents=mask_documents,
         )
