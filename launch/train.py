@@ -28,6 +28,7 @@ from trainer import ranks
 from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
+from trainer.data.order import ORDER
 from trainer.engine import Engine
 from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import HookList, RunContext, StopReason
@@ -40,7 +41,7 @@ from trainer.telemetry import StepTelemetry
 log = logging.getLogger("evenkeel")
 
 # A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
-# cut, cadence) may change between two starts of a run; the change is logged.
+# cut, cadence, the mixture of the data ahead) may change between two starts of a run; the change is logged.
 _IDENTITY = (
     "model.",
     "seed",
@@ -81,6 +82,9 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
 
     store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
     state = store.load_newest(engine, hooks) or TrainState()
+    if state.plan:
+        corpus.plan.restore(state.plan, state.samples)
+    corpus.plan.require(config.train.steps * config.train.global_batch_size)
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
@@ -129,6 +133,8 @@ def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine
         clip_norm=config.optimizer.clip_norm,
     )
     hooks = build_hooks(config.hooks)
+    if hooks.sets_sampling:
+        corpus.sample_online(global_batch_size=config.train.global_batch_size, delay=config.data.sampling_delay)
     run = RunContext(
         model=engine.module,
         total_steps=config.train.steps,
@@ -165,6 +171,7 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
         rank=ranks.rank(),
         world_size=ranks.world_size(),
         num_workers=config.data.num_workers,
+        prefetch_steps=config.data.prefetch_steps,
         pin_memory=ranks.device().type == "cuda",
     )
 
@@ -177,7 +184,7 @@ def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
     return identity | {
         "data.fingerprint": corpus.fingerprint,
         "data.packing": config.data.packing,
-        "data.weights": dict(config.data.weights),
+        "data.order": ORDER,
         "ranks": world_size,
     }
 

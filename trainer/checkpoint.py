@@ -23,7 +23,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything the loop itself carries from step to step. The data cursor is `step`: order is a function of it."""
+    """Everything the loop itself carries from step to step. The data cursor is `step`; `plan` says what it points into."""
 
     step: int = 0
     """Steps attempted."""
@@ -79,6 +79,8 @@ class TrainState:
     samples: int = 0
     loss_ema: float | None = None
     skipped_in_a_row: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Mixtures trained on so far (trainer/data/plan.py), as of the checkpoint."""
 
 
 class CheckpointStore:
@@ -92,7 +94,7 @@ class CheckpointStore:
 
     def save(self, engine: Engine, hooks: HookList, state: TrainState) -> Path:
         """Write a checkpoint of this moment; every rank calls it. Returns the published folder."""
-        _agree_on_hook_state(hooks, state.step)
+        _agree_on_state(hooks, state)
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
@@ -272,11 +274,13 @@ def _expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
     return None if parameter is None or getattr(parameter, "allreduce", True) else getattr(owner, "group", None)
 
 
-def _agree_on_hook_state(hooks: HookList, step: int) -> None:
-    digests = ranks.gather_objects(hooks.digest())
-    if len(set(digests)) > 1:
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        raise NumericError(f"step {step}: hook state on rank {odd[0]} differs from rank 0; nothing was saved")
+def _agree_on_state(hooks: HookList, state: TrainState) -> None:
+    plan = hashlib.sha256(json.dumps(state.plan).encode()).hexdigest()
+    held = ranks.gather_objects({"hook state": hooks.digest(), "the mixture of the data": plan})
+    for what, expected in held[0].items():
+        odd = [rank for rank, each in enumerate(held) if each[what] != expected]
+        if odd:
+            raise NumericError(f"step {state.step}: {what} on rank {odd[0]} differs from rank 0; nothing was saved")
 
 
 def _on_main(action: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ Decisions:
   parameter, optimizer moment, learning-rate clock, expert bias or average moves.
 - Schedules run on `applied_steps`, the data and the end of the run on attempted steps.
 - Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved.
+- A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
 """
 
@@ -25,10 +26,11 @@ from trainer.accumulate import AccumulationMode, Accumulator
 from trainer.checkpoint import CheckpointConfig, CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import MicroBatch, TrainLoader
+from trainer.data.online import OnlinePlan
 from trainer.engine import Engine
 from trainer.errors import NumericError
 from trainer.evaluate import EvaluationConfig, evaluate
-from trainer.hooks import EvaluationContext, HookList, RunContext, StepResult, StopReason
+from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
 from trainer.telemetry import StepTelemetry
 
@@ -140,6 +142,7 @@ class Trainer:
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
         )
+        self._phase = -1  # the one that hooks know
 
     def train(self) -> StopReason:
         """Train from `state` to the last step or to SIGTERM. Every hook's `on_stop` is called, whatever happens."""
@@ -158,11 +161,14 @@ class Trainer:
 
     def _steps(self) -> StopReason:
         state, config = self.state, self.config
+        if state.step == 0:
+            self._change_sampling()
         batches = self.loader.batches(state.step)
         while state.step < config.steps:
             self.telemetry.start_step()
             micro_batches = next(batches)
             self.telemetry.data_is_here()
+            self._enter_phase()
 
             stop_requested = self._step(micro_batches)
             last = stop_requested or state.step == config.steps
@@ -207,6 +213,7 @@ class Trainer:
         state.samples += self.config.global_batch_size
         state.applied_steps += result.applied
         state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+        self._change_sampling()
         if not result.applied and ranks.is_main():
             first = state.samples - self.config.global_batch_size
             log.warning(
@@ -222,6 +229,33 @@ class Trainer:
             grad_norm=grad_norm,
         )
         return accumulated.stop_requested
+
+    def _enter_phase(self) -> None:
+        """Tell hooks, log and metrics which mixture the coming step is of."""
+        step = self.state.step
+        phase = self.corpus.plan.phase((step + 1) * self.config.global_batch_size - 1)
+        self.telemetry.buffer.record("data/phase", phase.number)
+        if phase.number == self._phase:
+            return
+        self._phase = phase.number
+        self.hooks.on_phase(PhaseContext(number=phase.number, first_sample=phase.start, domain_shares=phase.shares_D))
+        if ranks.is_main():
+            shares = zip(self.corpus.domain_names, phase.shares_D, strict=True)
+            mixture = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
+            # A hook may change the sampling at every step: the file has them all, the screen need not.
+            level = logging.DEBUG if isinstance(self.corpus.plan, OnlinePlan) else logging.INFO
+            log.log(
+                level, "step %d: data phase %d, from sample %d: %s (%s)",
+                step + 1, phase.number, phase.start, mixture, phase.cause,
+            )  # fmt: skip
+
+    def _change_sampling(self) -> None:
+        """Ask the owner of the sampling for a new mixture."""
+        weights_D = self.hooks.sampling_weights()
+        if weights_D is not None:
+            plan = self.corpus.plan
+            assert isinstance(plan, OnlinePlan), "a run whose hooks set the sampling opens the corpus for it"
+            plan.change(weights_D, steps_done=self.state.step)
 
     def _evaluate(self) -> None:
         heldout = evaluate(
@@ -242,6 +276,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.telemetry.store_totals(self.state)
+        self.state.plan = self.corpus.plan.state_dict(self.state.samples)
         self.store.save(self.engine, self.hooks, self.state)
 
 

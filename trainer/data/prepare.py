@@ -37,8 +37,12 @@ _BATCH = 256  # documents handed to the tokenizer's threads at once
 _TRAINING_FIELDS = (
     "path",
     "weights",
+    "phases",
+    "max_epochs",
     "packing",
     "num_workers",
+    "prefetch_steps",
+    "sampling_delay",
 )  # fields of DataConfig that preparing does not depend on
 
 Manifest = dict[str, Any]
