@@ -68,7 +68,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything the loop itself carries from step to step. The data cursor is `step`; `plan` says what it points into."""
+    """Everything the loop itself carries from step to step. The data cursor is `step`, into `plan`."""
 
     step: int = 0
     """Steps attempted."""

@@ -196,7 +196,7 @@ class Hook:
         """
 
     def sampling_weights(self) -> Tensor | None:
-        """The mixture wanted from now on as a weight of each domain, [D], or None to keep it. For the owner of "sampling".
+        """The mixture wanted from now on, a weight of each domain [D], or None to keep it. For the owner of "sampling".
 
         Asked before the first step of a run, where it acts at once, and after every step, where it acts
         data.sampling_delay steps later: samples before that were read ahead. The same on every rank, as all hook state.

@@ -4,7 +4,7 @@ Decisions:
 - A change asked for after step t acts from step t + 1 + delay on, with a fixed delay. Requests are made in the training
   process and never reach further ahead, so neither workers nor the depth of prefetching can change what a step sees.
 - Every step is a phase with whole samples of each domain. What rounding withholds from a domain in one step is its
-  credit in the next: over any stretch of steps a domain is less than a few samples away from what its weights asked for.
+  credit in the next: at no moment is a domain more than a few samples away from what its weights asked for.
 - A domain at its cap has no weight any more.
 
 Shape letters: D domains.

@@ -3,7 +3,7 @@
 Decisions:
 - A phase that has given a sample is history: it is saved with the checkpoint (first sample, quotas, why it began) and
   repeated from there, whatever the configuration says by then. What lies ahead is the configuration's.
-- So other weights on resume begin a new phase at the sample where the run goes on; a phase that is still ahead may move.
+- So other weights on resume begin a new phase at the sample where the run goes on; a phase still ahead may move.
 - A domain that has given all its rows `max_epochs` times ends a phase right there; the next has its share dealt out to
   the others in proportion. Where nobody is left the stream ends, and a run that wants more is refused when it starts.
 - With online weights every step is a phase of its own (trainer/data/online.py).
@@ -55,7 +55,7 @@ class SamplePlan:
         mixtures: Sequence[Mixture],
         max_epochs: Mapping[str, float],
     ) -> None:
-        """`mixtures`: by rising start, the first from 0 on; each gives weight to a domain, and none to one without rows.
+        """`mixtures`: by rising start, the first from 0 on; each with weight somewhere, none where there are no rows.
 
         Raises ConfigError if a cap names no domain, or is less than a row.
         """
