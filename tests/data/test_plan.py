@@ -26,10 +26,9 @@ def plan_of(
     seed: int = 1,
     max_epochs: dict[str, float] | None = None,
 ) -> SamplePlan:
-    return SamplePlan(
-        NAMES, rows_D, seed=seed, max_epochs=max_epochs or {},
-        mixtures=[Mixture(start, tuple(each), f"data.phases[{n - 1}]" if n else "data.weights") for n, (start, each) in enumerate(mixtures)],
-    )  # fmt: skip
+    keys = ["data.weights", *(f"data.phases[{number}]" for number in range(len(mixtures)))]
+    named = [Mixture(start, tuple(each), key) for (start, each), key in zip(mixtures, keys, strict=False)]
+    return SamplePlan(NAMES, rows_D, seed=seed, mixtures=named, max_epochs=max_epochs or {})
 
 
 def stream(plan: SamplePlan, start: int, stop: int) -> list[tuple[int, int]]:
@@ -127,13 +126,15 @@ def test_other_weights_on_resume_begin_a_phase_and_the_same_ones_do_not() -> Non
 
 def test_a_cap_hands_the_share_to_the_others_at_the_very_sample() -> None:
     plan = plan_of((100, 1000, 9999), [(0, (1, 1, 2))], max_epochs={"a": 2.5, "b": 1})
-    first, second, third = plan.phases(10**6)
+    _first, second, third = plan.phases(10**6)
     samples = stream(plan, 0, 20_000)
     of_a = [n for n, (d, _) in enumerate(samples) if d == 0]
-    assert len(of_a) == 250 and second.start == of_a[-1] + 1
+    assert len(of_a) == 250
+    assert second.start == of_a[-1] + 1
     assert second.shares_D == pytest.approx((0, 1 / 3, 2 / 3), abs=1e-3)
     assert (second.cause, third.cause) == ("a reached data.max_epochs", "b reached data.max_epochs")
-    assert sum(d == 1 for d, _ in samples) == 1000 and third.shares_D == (0, 0, 1)
+    assert sum(d == 1 for d, _ in samples) == 1000
+    assert third.shares_D == (0, 0, 1)
     assert plan.end is None
 
 
@@ -173,9 +174,8 @@ def test_states_of_other_versions_and_kinds_are_refused() -> None:
 def online_of(
     rows_D: Sequence[int], *, max_epochs: dict[str, float] | None = None, size: int = 8, seed: int = 1
 ) -> OnlinePlan:
-    return OnlinePlan(
-        NAMES, rows_D, seed=seed, weights_D=(1.0, 1.0, 1.0), max_epochs=max_epochs or {}, global_batch_size=size, delay=3
-    )  # fmt: skip
+    caps, even = max_epochs or {}, (1.0, 1.0, 1.0)
+    return OnlinePlan(NAMES, rows_D, seed=seed, weights_D=even, max_epochs=caps, global_batch_size=size, delay=3)
 
 
 @settings(max_examples=12)
@@ -239,7 +239,10 @@ def test_online_weights_that_are_no_mixture_are_refused() -> None:
 
 
 @given(
-    weights_D=weights, credit_D=st.tuples(*[st.floats(-2, 2)] * 3), left_D=st.tuples(*[st.integers(0, 30)] * 3), size=st.integers(1, 30)
+    weights_D=weights,
+    credit_D=st.tuples(*[st.floats(-2, 2)] * 3),
+    left_D=st.tuples(*[st.integers(0, 30)] * 3),
+    size=st.integers(1, 30),
 )  # fmt: skip
 def test_step_quotas_fill_the_step(
     weights_D: tuple[float, ...], credit_D: tuple[float, ...], left_D: tuple[int, ...], size: int
@@ -247,4 +250,5 @@ def test_step_quotas_fill_the_step(
     size = min(size, sum(left_D))
     quotas_D, _ = step_quotas(np.array(weights_D), np.array(credit_D), np.array(left_D), size)
     assert quotas_D.sum() == size
-    assert (quotas_D >= 0).all() and (quotas_D <= left_D).all()
+    assert (quotas_D >= 0).all()
+    assert (quotas_D <= left_D).all()
