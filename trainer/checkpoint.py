@@ -240,6 +240,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
         own[name].copy_(tensor)
 
 
+def read_train_state(run_dir: Path) -> TrainState | None:
+    """Counters and mixtures of a run's newest complete checkpoint; None if it has none. Reads one small file, alone.
+
+    Raises CheckpointError if that file does not have the hash in the manifest.
+    """
+    folders = sorted((path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+    if not folders:
+        return None
+    path = folders[0] / "state.json"
+    try:
+        expected = json.loads((folders[0] / MANIFEST).read_text())["files"][path.name]["sha256"]
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() == expected:
+            return TrainState(**json.loads(text)["trainer"])
+        problem = "does not have the hash in the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+    raise CheckpointError(f"{path}: {problem}; restore it, or remove the folder to use the checkpoint before")
+
+
 def newest_intact(root: Path) -> Path | None:
     """The newest checkpoint under `root` whose files all have their recorded hash; None if there is none at all.
 

@@ -22,7 +22,7 @@ from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedTokens
 from trainer.data.online import OnlinePlan
 from trainer.data.order import Integers
-from trainer.data.packing import Packing, Span, SplitPacking, pack_best_fit
+from trainer.data.packing import Packing, Pieces, SplitPacking, pack_best_fit
 from trainer.data.plan import Mixture, SamplePlan
 from trainer.data.prepare import TOKENIZER, Manifest, hash_file, preparation_settings, read_manifest, shard_prefix
 from trainer.data.tokenizer import load_tokenizer
@@ -228,9 +228,17 @@ class TokenCorpus:
                 labels_T[begin:end][documents[1:] != documents[:-1]] = IGNORED_LABEL
             begin = end
 
-    def spans(self, domain: int, row: int) -> list[Span]:
-        """Tokens of a domain's training stream that are the inputs of a row."""
-        return self._train_rows[domain].spans(row)
+    def pieces(self, domain: int) -> Pieces:
+        """Which tokens of a domain's training stream are the inputs of each row."""
+        return self._train_rows[domain].pieces()
+
+    def document_starts(self, domain: int) -> Integers:
+        """First token of each training document of a domain, and where the last one ends, int64 [N + 1]."""
+        return np.append(self._train[domain].document_starts(), len(self._train[domain]))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, marks of the tokenizer included."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def _blend(self, weights: Mapping[str, float], key: str) -> tuple[float, ...]:
         prefix = f"{key}.weights" if key != "data.weights" else key
