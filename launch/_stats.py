@@ -16,7 +16,7 @@ from trainer.data.prepare import read_manifest
 from trainer.errors import StorageError
 
 _BINS = 40
-_HELD = ("documents", "median", "90 %", "longest", "tokens", "held out", "bytes/token")
+_HELD = ("docs", "median", "90 %", "longest", "tokens", "held out", "B/token")
 _MADE = ("rows", "padding", "of samples", "epochs")
 
 

@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
     config = load_run_config(arguments.config, arguments.overrides, world_size=ranks.world_size())
     corpus = open_corpus(config)
     run_dir = Path(config.folder)
+    if not build_hooks(config.hooks).sets_sampling and not (run_dir / "checkpoints").exists():
+        _require_samples(config, corpus)  # again below, where a checkpoint may know better
     start_process_group(config.engine.collective_timeout_s)
     with RunFolder(run_dir, config):
         reason = train(config, corpus, run_dir)
@@ -84,7 +86,7 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     state = store.load_newest(engine, hooks) or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
-    corpus.plan.require(config.train.steps * config.train.global_batch_size)
+    _require_samples(config, corpus)
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
@@ -112,6 +114,10 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     if ranks.is_main():
         print_summary(run_dir, corpus.domain_names, reason)
     return reason
+
+
+def _require_samples(config: RunConfig, corpus: TokenCorpus) -> None:
+    corpus.plan.require(config.train.steps * config.train.global_batch_size)
 
 
 def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine, HookList, RunContext]:

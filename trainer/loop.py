@@ -14,7 +14,8 @@ Decisions:
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -152,18 +153,17 @@ class Trainer:
             self.engine.module.train()
             if self.state.step == 0:
                 self._evaluate()
-            reason = self._steps()
+                self._change_sampling()
+            with closing(self.loader.batches(self.state.step)) as batches:
+                reason = self._steps(batches)
             return reason
         finally:
             restore_signal()
             # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
             self.hooks.on_stop(reason)
 
-    def _steps(self) -> StopReason:
+    def _steps(self, batches: Iterator[list[MicroBatch]]) -> StopReason:
         state, config = self.state, self.config
-        if state.step == 0:
-            self._change_sampling()
-        batches = self.loader.batches(state.step)
         while state.step < config.steps:
             self.telemetry.start_step()
             micro_batches = next(batches)

@@ -16,7 +16,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ class TrainLoader:
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._ahead = prefetch_steps * self._num_micro_batches
 
-    def batches(self, start_step: int) -> Iterator[list[MicroBatch]]:
+    def batches(self, start_step: int) -> Generator[list[MicroBatch], None, None]:
         """The M micro-batches of each step from `start_step` on, as long as the plan has samples."""
         micro_batches = self._micro_batches(start_step * self._num_micro_batches)
         while step := list(islice(micro_batches, self._num_micro_batches)):
@@ -98,16 +98,21 @@ class TrainLoader:
                     first, restarts = first + 1, 0
                     yield batch
                 return
-            except RuntimeError as error:
-                if not _WORKER_DIED.match(str(error)):
-                    raise
+            except Exception as error:
+                died = str(error)
+                if not _WORKER_DIED.match(died):
+                    # What a worker raises says where. Frames of ours would keep the workers until Python exits, which
+                    # waits for them, and they for a signal that they ignore.
+                    raise error.with_traceback(None) if num_workers else error
                 restarts += 1
                 step = first // self._num_micro_batches + 1
                 if restarts == _RESTARTS:
                     num_workers = 0
-                    log.warning("step %d: %s, the third time in a row; reading in the training process", step, error)
+                    log.warning("step %d: %s, the third time in a row; reading in the training process", step, died)
                 else:
-                    log.warning("step %d: %s; workers are started again, with the same data", step, error)
+                    log.warning("step %d: %s; workers are started again, with the same data", step, died)
+            finally:
+                del source  # workers end with it
 
     def _open(self, first: int, num_workers: int) -> Iterator[MicroBatch]:
         # No more requests are out than may be read ahead, however many workers there are.
