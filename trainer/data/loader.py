@@ -103,7 +103,7 @@ class TrainLoader:
                 if not _WORKER_DIED.match(died):
                     # What a worker raises says where. Frames of ours would keep the workers until Python exits, which
                     # waits for them, and they for a signal that they ignore.
-                    raise error.with_traceback(None) if num_workers else error
+                    raise (error.with_traceback(None) if num_workers else error) from error.__cause__
                 restarts += 1
                 step = first // self._num_micro_batches + 1
                 if restarts == _RESTARTS:
@@ -152,15 +152,16 @@ class _Requests:
         self._loader, self._first = loader, first
 
     def __iter__(self) -> Iterator[Request]:
-        loader, micro_batch = self._loader, self._first
-        plan = loader._corpus.plan
-        while True:
-            step, nth = divmod(micro_batch, loader._num_micro_batches)
-            if plan.end is not None and (step + 1) * loader._global_batch_size > plan.end:
-                return
-            samples_b = loader.sample_ids(step, nth)
-            yield Request(samples_b, *plan.locate(samples_b))
-            micro_batch += 1
+        loader, plan = self._loader, self._loader._corpus.plan
+        num = loader._num_micro_batches
+        step, done = divmod(self._first, num)
+        while plan.end is None or (step + 1) * loader._global_batch_size <= plan.end:
+            # A step is asked for at once, no earlier than its first micro-batch: arithmetic on many costs as on few.
+            samples_Mb = np.stack([loader.sample_ids(step, micro_batch) for micro_batch in range(num)])
+            located = plan.locate(samples_Mb.ravel())
+            domains_Mb, rows_Mb = (each.reshape(samples_Mb.shape) for each in located)
+            yield from list(map(Request, samples_Mb, domains_Mb, rows_Mb))[done:]
+            step, done = step + 1, 0
 
 
 class _Rows(Dataset[MicroBatch]):

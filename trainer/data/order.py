@@ -62,11 +62,9 @@ def locate(
     for number in np.unique(which_S):
         chosen = which_S == number
         domains_S[chosen], visits_S[chosen] = _visits(samples_S[chosen], phases[number], seed)
-    rows_S = np.empty_like(samples_S)
-    for domain in np.unique(domains_S):
-        chosen = domains_S == domain
-        epochs, positions = np.divmod(visits_S[chosen], rows_D[domain])
-        rows_S[chosen] = permute(positions, size=int(rows_D[domain]), keys=_key(seed, 1 + int(domain), epochs))
+    sizes_S = np.asarray(rows_D, dtype=np.int64)[domains_S]
+    epochs_S, positions_S = np.divmod(visits_S, sizes_S)
+    rows_S = permute(positions_S, size=sizes_S, keys=_key(seed, 1 + domains_S, epochs_S))
     return domains_S, rows_S
 
 
@@ -131,28 +129,31 @@ def _visits(samples_S: Integers, phase: Phase, seed: int) -> tuple[Integers, Int
     return domains_S, visits_S
 
 
-def permute(positions_S: Integers, *, size: int, keys: NDArray[np.uint64]) -> Integers:
-    """Where a keyed permutation of range(size) sends each position, int64 [S]; one key for each position.
+def permute(positions_S: Integers, *, size: int | Integers, keys: NDArray[np.uint64]) -> Integers:
+    """Where a keyed permutation of range(size) sends each position, int64 [S]; one key, and size, for each position.
 
     A Feistel network permutes the next power of four; what lands outside range(size) is sent on until it lands
     inside (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
+    sizes_S = np.broadcast_to(np.asarray(size, dtype=np.int64), positions_S.shape)
+    bits_S = np.frexp(np.maximum(sizes_S - 1, 1).astype(np.float64))[1]  # bit lengths: rows are fewer than 2^53
+    shifts_S = ((bits_S + 1) // 2).astype(np.uint64)
+    masks_S = (np.uint64(1) << shifts_S) - np.uint64(1)
     values = positions_S.astype(np.uint64)
     pending = np.arange(values.size)
     while pending.size:
+        shift, mask, key = shifts_S[pending], masks_S[pending], keys[pending]
         left, right = values[pending] >> shift, values[pending] & mask
         for constant in _ROUND_CONSTANTS:
-            mixed = _splitmix64(keys[pending] + right + constant)
+            mixed = _splitmix64(key + right + constant)
             left, right = right, left ^ (mixed & mask)
-        values[pending] = left << shift | right
-        pending = pending[values[pending] >= np.uint64(size)]
+        values[pending] = moved = left << shift | right
+        pending = pending[moved >= sizes_S[pending].astype(np.uint64)]
     return values.astype(np.int64)
 
 
-def _key(seed: int, stream: int, counters_S: Integers) -> NDArray[np.uint64]:
-    base = _splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(stream)
+def _key(seed: int, stream: int | Integers, counters_S: Integers) -> NDArray[np.uint64]:
+    base = _splitmix64(np.array([seed], dtype=np.uint64)) + np.asarray(stream).astype(np.uint64)
     return _splitmix64(_splitmix64(base) + counters_S.astype(np.uint64))
 
 
