@@ -11,7 +11,6 @@ from trainer.data.corpus import IGNORED_LABEL, PADDING_DOCUMENT
 from trainer.errors import ConfigError
 
 _CHUNK = 4096
-_SEARCHED = 1 << 24  # samples looked through for a domain
 
 
 def show(stream: Stream, console: Console, *, samples: Sequence[int] | None, domain: str, count: int) -> None:
@@ -34,16 +33,23 @@ def show(stream: Stream, console: Console, *, samples: Sequence[int] | None, dom
 
 def _next(stream: Stream, domain: int | None, count: int) -> Iterator[int]:
     plan, found = stream.corpus.plan, 0
-    stop = stream.trained + _SEARCHED if plan.end is None else plan.end
-    for start in range(stream.trained, stop, _CHUNK):
-        domains_S, _ = plan.locate(np.arange(start, min(start + _CHUNK, stop)))
-        for offset in range(len(domains_S)) if domain is None else np.flatnonzero(domains_S == domain).tolist():
-            yield start + offset
-            found += 1
-            if found == count:
-                return
+    stop = max(stream.planned, stream.trained + count)
+    if plan.end is not None:
+        stop = min(stop, plan.end)
+    phases = plan.phases(stop)
+    for phase, end in zip(phases, [*(each.start for each in phases[1:]), stop], strict=True):
+        if domain is not None and not phase.shares_D[domain]:
+            continue
+        for start in range(max(phase.start, stream.trained), end, _CHUNK):
+            domains_S, _ = plan.locate(np.arange(start, min(start + _CHUNK, end)))
+            for offset in range(len(domains_S)) if domain is None else np.flatnonzero(domains_S == domain).tolist():
+                yield start + offset
+                found += 1
+                if found == count:
+                    return
     if not found:
-        raise ConfigError("--domain: none of the samples ahead is of this domain; name some with --samples")
+        of = "" if domain is None else f" of {stream.corpus.domain_names[domain]}"
+        raise ConfigError(f"show: the run has no sample{of} ahead; name some with --samples")
 
 
 def _of(stream: Stream, samples: Sequence[int], domain: int | None) -> list[int]:
@@ -61,6 +67,7 @@ def _sample(stream: Stream, sample: int) -> Text:
     tokens, labels, documents = (each[0] for each in (rows.tokens_ST, rows.labels_ST, rows.documents_ST))
     epoch = corpus.plan.visits(sample)[domain] // corpus.plan.rows_D[domain]
     targets, padding = int((labels != IGNORED_LABEL).sum()), int((documents == PADDING_DOCUMENT).sum())
+    is_stream = stream.config.data.packing == "split"
     text = Text()
     text.append(
         f"\nsample {sample} · {corpus.domain_names[domain]} · row {row} · epoch {epoch + 1} · "
@@ -74,15 +81,14 @@ def _sample(stream: Stream, sample: int) -> Text:
         (places,) = (documents == document).nonzero(as_tuple=True)
         first, last = int(places[0]), int(places[-1])
         text.append(f"[document {document}] ", style="yellow")
-        # Each input is the target of the one before it, if that one asks for it.
-        is_target = first > 0 and int(labels[first - 1]) != IGNORED_LABEL
+        # In one stream each input is the target of the one before it, if that one asks for it.
+        is_target = first > 0 and is_stream and int(labels[first - 1]) != IGNORED_LABEL
         if is_target:
             text.append(corpus.decode([int(tokens[first])]))
         else:
             text.append(f"«{corpus.decode([int(tokens[first])])}»", style="dim")
         rest = tokens[first + 1 : last + 1].tolist()
-        is_last = last + 1 == len(labels) or stream.config.data.packing == "best_fit"
-        if is_last and int(labels[last]) != IGNORED_LABEL:
+        if (last + 1 == len(labels) or not is_stream) and int(labels[last]) != IGNORED_LABEL:
             rest.append(int(labels[last]))  # a target that is no input of this row
         text.append(corpus.decode(rest))
         text.append("\n")
