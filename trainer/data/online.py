@@ -22,6 +22,7 @@ from trainer.data.plan import VERSION, Mixture, PhaseRecord, SamplePlan
 from trainer.errors import ConfigError
 
 _NO_CAP = 2**62
+_LAST = -1e18  # what a domain without weight is asked for: it comes after all others
 Floats = NDArray[np.float64]
 
 
@@ -137,7 +138,7 @@ def step_quotas(weights_D: Floats, credit_D: Floats, left_D: Integers, size: int
     """
     open_D = (left_D > 0) & (weights_D > 0)
     shares_D = np.where(open_D, weights_D, 0.0) / max(weights_D[open_D].sum(), 1e-300)
-    wanted_D = np.where(open_D, credit_D + shares_D * size, -np.inf)
+    wanted_D = np.where(open_D, credit_D + shares_D * size, _LAST)
     quotas_D = np.clip(np.where(open_D, np.floor(wanted_D), 0.0), 0, left_D).astype(np.int64)
     while (missing := size - int(quotas_D.sum())) > 0:
         behind_D = np.where(quotas_D < left_D, wanted_D - quotas_D, np.nan)
