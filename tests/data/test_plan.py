@@ -216,6 +216,17 @@ def test_online_weights_are_met_and_rows_come_once_an_epoch(
     assert resumed.state_dict(0) == plan.state_dict(0)
 
 
+def test_a_shorter_delay_overtakes_no_change_that_is_still_to_act() -> None:
+    plan = online_of((50, 60, 70))
+    assert plan.change((1.0, 0.0, 0.0), steps_done=5) == 8
+    resumed = online_of((50, 60, 70))
+    resumed._delay = 1
+    resumed.restore(plan.state_dict(40), 40)
+    assert resumed.change((0.0, 1.0, 0.0), steps_done=6) == 8
+    assert {d for d, _ in stream(resumed, 56, 64)} == {0, 1, 2}
+    assert {d for d, _ in stream(resumed, 64, 72)} == {1}
+
+
 def test_what_is_read_ahead_changes_nothing() -> None:
     """The same requests with one step and with three steps read ahead."""
     found = []

@@ -67,7 +67,8 @@ class OnlinePlan(SamplePlan):
         weights = np.where(has_rows_D, weights, 0.0)
         if not weights.any():
             raise ConfigError("hooks: sampling weights give every domain that has text no weight")
-        step = steps_done + self._delay if steps_done else 0
+        # A run that goes on with a shorter delay has changes that are still to act: none overtakes another.
+        step = max(steps_done + self._delay, self._changes[-1][0]) if steps_done else 0
         assert step == 0 or step >= len(self._phases), "samples of that step were handed out already"
         changed = (step, tuple((weights / weights.sum()).tolist()))
         if self._changes[-1][0] == step:
