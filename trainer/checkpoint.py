@@ -25,7 +25,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +74,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything the loop itself carries from step to step. The data cursor is `step`: order is a function of it."""
+    """Everything the loop itself carries from step to step. The data cursor is `step`, into `plan`."""
 
     step: int = 0
     """Steps attempted."""
@@ -85,6 +85,8 @@ class TrainState:
     samples: int = 0
     loss_ema: float | None = None
     skipped_in_a_row: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Mixtures trained on so far (trainer/data/plan.py), as of the checkpoint."""
 
 
 class CheckpointStore:
@@ -98,7 +100,8 @@ class CheckpointStore:
 
     def save(self, engine: Engine, hooks: HookList, state: TrainState) -> Path:
         """Write a checkpoint of this moment; every rank calls it. Returns the published folder."""
-        refuse_divergence(engine.module, hooks, state.step)
+        plan = hashlib.sha256(json.dumps(state.plan).encode()).hexdigest()
+        refuse_divergence(engine.module, {"hook state": hooks.digest(), "the mixture of the data": plan}, state.step)
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
@@ -242,6 +245,26 @@ def _write_share(
     except (OSError, SafetensorError) as error:
         return dataclasses.replace(share, problem=f"rank {rank}: {error}")
     return dataclasses.replace(share, files=files, spans=spans)
+
+
+def read_train_state(run_dir: Path) -> TrainState | None:
+    """Counters and mixtures of a run's newest complete checkpoint; None if it has none. Reads one small file, alone.
+
+    Raises CheckpointError if that file does not have the hash in the manifest.
+    """
+    folders = sorted((path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+    if not folders:
+        return None
+    path = folders[0] / "state.json"
+    try:
+        expected = json.loads((folders[0] / MANIFEST).read_text())["files"][path.name]["sha256"]
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() == expected:
+            return TrainState(**json.loads(text)["trainer"])
+        problem = "does not have the hash in the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+    raise CheckpointError(f"{path}: {problem}; restore it, or remove the folder to use the checkpoint before")
 
 
 def newest_intact(root: Path) -> Path | None:

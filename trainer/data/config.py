@@ -1,10 +1,51 @@
 """What text a run trains on, and how it was turned into tokens."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig, FilterConfig, domain_name_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A mixture that replaces the one before. Exactly one of the three `from_` says where it begins."""
+
+    from_step: int | None = None
+    """Optimizer steps that come before it."""
+    from_sample: int | None = None
+    """Samples that come before it."""
+    from_share: float | None = None
+    """Share of train.steps that comes before it, so that it moves when the run is made longer: 0.9 for a last tenth."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of its samples drawn from each domain, as in `data.weights`."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = weight_problems(self.weights)
+        begins = {
+            n: getattr(self, n) for n in ("from_step", "from_sample", "from_share") if getattr(self, n) is not None
+        }
+        if len(begins) != 1:
+            found.append(f"from_step: give exactly one of from_step, from_sample and from_share, not {len(begins)}")
+        for name, value in begins.items():
+            if name == "from_share":
+                if not 0 < value < 1:
+                    found.append(f"{name}: {value} must be between 0 and 1")
+            elif value < 1:
+                found.append(f"{name}: {value} must be at least 1; what comes first is data.weights")
+        return found
+
+    def first_sample(self, *, steps: int, global_batch_size: int) -> int:
+        """Where it begins in a run of so many steps."""
+        if self.from_sample is not None:
+            return self.from_sample
+        if self.from_step is not None:
+            return self.from_step * global_batch_size
+        assert self.from_share is not None
+        return round(self.from_share * steps * global_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +78,19 @@ class DataConfig:
 
     weights: dict[str, float] = field(default_factory=dict)
     """Share of training samples drawn from each domain; empty draws in proportion to the domains' tokens."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Mixtures that take over later in the run (a curriculum, an annealing), in the order they come."""
     max_epochs: dict[str, float] = field(default_factory=dict)
-    """Times a domain's text may be repeated in training, by domain; absent or 0: no cap."""
+    """Most passes over a domain's rows; absent or 0: no limit. Beyond, its share goes to the others in proportion."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents share rows: one stream cut into windows, or whole documents, as many as fit (with padding)."""
     num_workers: int = 0
-    """Processes that read ahead; 0 reads in the training process."""
+    """Processes that read ahead; 0 reads in the training process. More than the micro-batches of `prefetch_steps` have
+    nothing to do and are not started."""
+    prefetch_steps: int = 2
+    """Steps that these processes read ahead."""
+    sampling_delay: int = 4
+    """Steps from a hook's change of the sampling to the first one it acts on; at least `prefetch_steps`."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -56,15 +104,23 @@ class DataConfig:
             found.append(f"tokenizer_sample_mb: {self.tokenizer_sample_mb} must be finite and positive")
         if not 0 < self.heldout_fraction < 1:
             found.append(f"heldout_fraction: {self.heldout_fraction} must be between 0 and 1")
-        bad = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
-        found += [f"weights.{name}: {weight} must be finite and not negative" for name, weight in bad.items()]
-        if self.sampling_weights and not bad and sum(self.sampling_weights.values()) <= 0:
-            found.append("weights: at least one domain needs a positive weight")
-        for name, epochs in self.max_epochs.items():
-            if not (math.isfinite(epochs) and epochs >= 0):
-                found.append(f"max_epochs.{name}: {epochs} must be finite and not negative")
+        found += weight_problems(self.sampling_weights)
+        for number, phase in enumerate(self.phases):
+            found += [f"phases[{number}].{line}" for line in phase.problems()]
+        found += [
+            f"max_epochs.{name}: {epochs} must be finite and not negative"
+            for name, epochs in self.max_epochs.items()
+            if not (math.isfinite(epochs) and epochs >= 0)
+        ]
         if self.num_workers < 0:
             found.append(f"num_workers: {self.num_workers} is negative")
+        if self.prefetch_steps < 1:
+            found.append(f"prefetch_steps: {self.prefetch_steps} must be at least 1")
+        if self.sampling_delay < self.prefetch_steps:
+            found.append(
+                f"sampling_delay: {self.sampling_delay} must be at least prefetch_steps ({self.prefetch_steps}): "
+                "what is read ahead cannot be changed"
+            )
         return found + [f"filters.{line}" for line in self.filters.problems()] + self._domain_problems()
 
     @property
@@ -104,3 +160,22 @@ class DataConfig:
                 lines.append(problem)
             found += [f"domains.{name}.{line}" for line in lines]
         return found
+
+    def phase_problems(self, *, steps: int, global_batch_size: int) -> list[str]:
+        """Phases of a run of so many steps that do not begin one after the other."""
+        starts = [phase.first_sample(steps=steps, global_batch_size=global_batch_size) for phase in self.phases]
+        return [
+            f"phases[{number}]: begins with sample {start}, not after phase {number - 1} (sample {before}); "
+            "list them in the order they come"
+            for number, (before, start) in enumerate(pairwise(starts), start=1)
+            if start <= before
+        ]
+
+
+def weight_problems(weights: Mapping[str, float]) -> list[str]:
+    """What keeps weights from being a mixture."""
+    bad = {name: weight for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)}
+    found = [f"weights.{name}: {weight} must be finite and not negative" for name, weight in bad.items()]
+    if weights and not bad and sum(weights.values()) <= 0:
+        found.append("weights: at least one domain needs a positive weight")
+    return found
