@@ -1,0 +1,125 @@
+"""Start a training with a fault in it (tests/faults/worker.py), watch it end, and look at what it leaves."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+from tests.harness import ROOT, command, deterministic, environment, losses
+
+TIMEOUT_S = 8.0  # of a collective, in every configuration here
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing happened to, and the configuration to repeat it with."""
+
+    config: Path
+    run_dir: Path
+
+
+class Job:
+    """A training in a process group of its own, whose stderr is read line by line with the time of each."""
+
+    def __init__(
+        self, config: Path, run_dir: Path, *overrides: str, ranks: int, fault: str = "", torchrun: str = "", **env: str
+    ) -> None:
+        """`torchrun`: further options of the launcher, in one string."""
+        line = command("tests.faults.worker", str(config), f"run_dir={run_dir}", *overrides, ranks=ranks)
+        if torchrun:
+            line[3:3] = torchrun.split()
+        self.run_dir = run_dir
+        self.lines: list[tuple[float, str]] = []
+        self._process = subprocess.Popen(
+            line, cwd=ROOT, env=environment(FAULT=fault, **env), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.lines.append((time.monotonic(), line.rstrip()))
+
+    @property
+    def log(self) -> str:
+        """All of stderr so far."""
+        return "\n".join(line for _, line in self.lines)
+
+    @property
+    def errors(self) -> list[str]:
+        """The one-line causes, those of peers that only noticed last."""
+        found = [line for _, line in self.lines if line.startswith("error")]
+        return sorted(found, key=lambda line: "another rank is gone" in line)
+
+    def when(self, text: str, timeout: float = 90) -> float:
+        """Wait until a line holds `text`; the time it came."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for moment, line in list(self.lines):
+                if text in line:
+                    return moment
+            assert self._process.poll() is None or self._reader.is_alive(), f"{text!r} never came:\n{self.log[-3000:]}"
+            time.sleep(0.02)
+        raise AssertionError(f"no {text!r} within {timeout} s:\n{self.log[-3000:]}")
+
+    def send(self, number: signal.Signals, *, to: str = "launcher") -> None:
+        """A signal to the launcher, to all ranks, or to everything."""
+        ranks = psutil.Process(self._process.pid).children(recursive=True)
+        if to in ("ranks", "all"):
+            for process in ranks:
+                process.send_signal(number)
+        if to in ("launcher", "all"):
+            self._process.send_signal(number)
+
+    def end(self, timeout: float = 90) -> int:
+        """Wait for the exit code; nothing of the job may be left."""
+        try:
+            code = self._process.wait(timeout)
+        finally:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._reader.join(10)
+        deadline = time.monotonic() + 5  # the kernel takes a moment to bury the ranks of a killed launcher
+        while (left := processes_of(self.run_dir)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"orphans: {left}"
+        return code
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines of living processes that work on `run_dir`."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and f"run_dir={run_dir}" in words:
+            found.append(" ".join(words))
+    return found
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    """Steps of the published checkpoints, in order."""
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def leftovers(run_dir: Path) -> list[str]:
+    """Folders of checkpoints that were never published."""
+    return [path.name for path in (run_dir / "checkpoints").glob("tmp-*")]
+
+
+def assert_begins_like(run_dir: Path, expected: Path) -> None:
+    """Every metric on record is that of the unbroken run."""
+    found = deterministic(run_dir)
+    assert found == deterministic(expected)[: len(found)]
+
+
+def lost_steps(run_dir: Path) -> int:
+    """Steps on record that come after the newest checkpoint: those a new start does again."""
+    return max(len(losses(run_dir)) - max(checkpoints(run_dir), default=0), 0)
