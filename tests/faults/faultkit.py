@@ -1,19 +1,23 @@
 """Start a training with a fault in it (tests/faults/worker.py), watch it end, and look at what it leaves."""
 
+import hashlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-
 from tests.harness import ROOT, command, deterministic, environment, losses
 
 TIMEOUT_S = 8.0  # of a collective, in every configuration here
+Record = Callable[[str, object], None]
+"""pytest's record_property."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,74 @@ def leftovers(run_dir: Path) -> list[str]:
     return [path.name for path in (run_dir / "checkpoints").glob("tmp-*")]
 
 
-def assert_begins_like(run_dir: Path, expected: Path) -> None:
-    """Every metric on record is that of the unbroken run."""
-    found = deterministic(run_dir)
-    assert found == deterministic(expected)[: len(found)]
+def assert_begins_like(rows: list[dict[str, object]], expected: Path) -> None:
+    """Every metric on record so far is that of the unbroken run, bit for bit."""
+    assert rows
+    assert rows == deterministic(expected)[: len(rows)]
 
 
 def lost_steps(run_dir: Path) -> int:
     """Steps on record that come after the newest checkpoint: those a new start does again."""
     return max(len(losses(run_dir)) - max(checkpoints(run_dir), default=0), 0)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One start of a run, and what is to go wrong in it."""
+
+    fault: str = ""
+    act: Callable[[Job], None] = lambda job: None
+    """What the test does to the job from outside; called once the fault has been announced."""
+    torchrun: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a leg ended and what it left."""
+
+    code: int
+    job: Job
+    detected_in: float
+    """Seconds from the fault to the end of the whole job."""
+    lost: int
+    before: dict[int, str]
+    """Digest of each checkpoint before the leg, by step."""
+    after: dict[int, str]
+    rows: list[dict[str, object]]
+
+    def assert_kept(self) -> None:
+        """Checkpoints of before that are still there are what they were, and the newest of them is."""
+        kept = self.before.keys() & self.after.keys()
+        assert all(self.before[step] == self.after[step] for step in kept)
+        assert not self.before or max(self.before) in kept
+
+
+def strike(config: Path, run_dir: Path, legs: Mapping[str, Leg], *overrides: str, ranks: int) -> dict[str, Outcome]:
+    """Start one run again and again, each time with the next fault, and a last time with none (under the name "end").
+
+    Every start is the resume of the fault before it, so that a fault costs one start and not two.
+    """
+    outcomes = {}
+    for name, leg in [*legs.items(), ("end", Leg())]:
+        before = digests(run_dir)
+        job = Job(config, run_dir, *overrides, ranks=ranks, fault=leg.fault, torchrun=leg.torchrun, **leg.env)
+        struck = job.when("fault:") if leg.fault else time.monotonic()
+        leg.act(job)
+        code = job.end()
+        outcomes[name] = Outcome(
+            code, job, time.monotonic() - struck, lost_steps(run_dir), before, digests(run_dir), deterministic(run_dir)
+        )
+        sys.stdout.write(f"{name}: exit {code}, checkpoints {checkpoints(run_dir)}\n{job.log}\n")
+    return outcomes
+
+
+def digests(run_dir: Path) -> dict[int, str]:
+    """One hash over all names and bytes of each checkpoint, by step."""
+    found = {}
+    for step in checkpoints(run_dir):
+        sha = hashlib.sha256()
+        for path in sorted((run_dir / "checkpoints" / f"step-{step:08d}").iterdir()):
+            sha.update(path.name.encode() + path.read_bytes())
+        found[step] = sha.hexdigest()
+    return found

@@ -25,7 +25,6 @@ import trainer.loop
 from launch._cli import run_command
 from moe.model import MoEDecoder
 from trainer import ranks
-from trainer.accumulate import Accumulator
 from trainer.checkpoint import CheckpointStore
 from trainer.data.loader import TrainLoader
 from trainer.hooks import HookList
