@@ -24,7 +24,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = ("model.safetensors", "optimizer-00001.safetensors", "optimizer.json", "rng-00000.safetensors", "state.json")
+FILES = ("model.safetensors", "optimizer-00001.safetensors", "state.json")
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     **{f"{file} truncated": (file, truncate, f"{file} has") for file in FILES},
     **{f"{file} flipped": (file, flip_a_bit, f"{file} does not have the hash") for file in FILES},
@@ -91,6 +91,7 @@ class Malicious:
         return Path.touch, (self._sentinel,)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(25, "malicious pickle in place of weights, manifest forged")
 def test_a_pickle_is_never_opened(one_rank: Reference, tmp_path: Path) -> None:
     sentinel = tmp_path / "opened"
@@ -113,6 +114,7 @@ def test_a_pickle_is_never_opened(one_rank: Reference, tmp_path: Path) -> None:
         assert not sentinel.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(25, "checkpoint of another format")
 def test_another_format_is_exit_3(one_rank: Reference) -> None:
     run_dir = copy_of(one_rank, "format")

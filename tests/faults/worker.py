@@ -61,6 +61,15 @@ def io_error() -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO), str(HERE.root))
 
 
+def wandb_raises() -> None:
+    import wandb
+
+    def log(*args: Any, **kwargs: Any) -> None:
+        raise BrokenPipeError("the service is gone")
+
+    wandb.Run.log = log  # type: ignore[method-assign]
+
+
 def boom() -> None:
     raise RuntimeError("a fault on purpose")
 
@@ -87,6 +96,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "raise": boom,
     "vanish": vanish,
     "io_error": io_error,
+    "wandb_raises": wandb_raises,
     "barrier": ranks.barrier,
     "alter_parameter": alter_parameter,
     "alter_bias": alter_bias,
