@@ -115,7 +115,12 @@ class CheckpointStore:
         Raises CheckpointError if checkpoints exist but none is intact, or if the intact one is of another run.
         """
         folder = newest_intact(self._root)
-        return None if folder is None else self._load(folder, engine, hooks)
+        if folder is None:
+            return None
+        try:
+            return self._load(folder, engine, hooks)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder}: a file is not what its name says ({error}); restore it") from error
 
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -83,6 +83,12 @@ class Job:
         if to in ("launcher", "all"):
             self._process.send_signal(number)
 
+    def kill_frozen(self) -> None:
+        """End the ranks that SIGSTOP holds."""
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            if process.status() == psutil.STATUS_STOPPED:
+                process.kill()
+
     def end(self, timeout: float = 90) -> int:
         """Wait for the exit code; nothing of the job may be left."""
         try:
