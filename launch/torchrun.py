@@ -2,6 +2,7 @@
 
 Plain `torchrun` starts the same training; it just ends with exit code 1 and a stack of its own whatever the
 worker's code was. A scheduler that must tell "wrong config" (2) from "preempted and saved" (75) uses this.
+`--max-restarts N` starts all ranks again, up to N times, when one fails; they resume from the newest checkpoint.
 """
 
 import os
@@ -20,10 +21,15 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    arguments = torchrun.parse_args(argv)
+    if arguments.max_restarts:
+        # Restarted ranks must not find the addresses of the dead ones: the agents agree on a new store for each start.
+        # By default they keep one for all starts, and gloo then dials ports where nobody listens any more.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
         os.environ[EXIT_CODES] = folder
         try:
-            torchrun.run(torchrun.parse_args(argv))
+            torchrun.run(arguments)
         except ChildFailedError as error:
             return _cause([failure.exitcode for failure in error.failures.values()])
         except SignalException as error:
