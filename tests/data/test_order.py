@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 

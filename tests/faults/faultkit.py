@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.harness import ROOT, command, deterministic, environment, losses
+from tests.harness import ROOT, command, deterministic, environment
 
 TIMEOUT_S = 8.0  # of a collective, in every configuration here
 Record = Callable[[str, object], None]
@@ -129,9 +129,15 @@ def assert_begins_like(rows: list[dict[str, object]], expected: Path) -> None:
     assert rows == deterministic(expected)[: len(rows)]
 
 
+def on_record(run_dir: Path) -> list[dict[str, object]]:
+    """What the metrics file holds but for times; nothing if there is none yet."""
+    return deterministic(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+
+
 def lost_steps(run_dir: Path) -> int:
     """Steps on record that come after the newest checkpoint: those a new start does again."""
-    return max(len(losses(run_dir)) - max(checkpoints(run_dir), default=0), 0)
+    steps = sum("loss" in row for row in on_record(run_dir))
+    return max(steps - max(checkpoints(run_dir), default=0), 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class Leg:
     act: Callable[[Job], None] = lambda job: None
     """What the test does to the job from outside; called once the fault has been announced."""
     torchrun: str = ""
+    overrides: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -166,7 +173,7 @@ class Outcome:
         assert not self.before or max(self.before) in kept
 
 
-def strike(config: Path, run_dir: Path, legs: Mapping[str, Leg], *overrides: str, ranks: int) -> dict[str, Outcome]:
+def strike(config: Path, run_dir: Path, legs: Mapping[str, Leg], *, ranks: int) -> dict[str, Outcome]:
     """Start one run again and again, each time with the next fault, and a last time with none (under the name "end").
 
     Every start is the resume of the fault before it, so that a fault costs one start and not two.
@@ -174,12 +181,12 @@ def strike(config: Path, run_dir: Path, legs: Mapping[str, Leg], *overrides: str
     outcomes = {}
     for name, leg in [*legs.items(), ("end", Leg())]:
         before = digests(run_dir)
-        job = Job(config, run_dir, *overrides, ranks=ranks, fault=leg.fault, torchrun=leg.torchrun, **leg.env)
+        job = Job(config, run_dir, *leg.overrides, ranks=ranks, fault=leg.fault, torchrun=leg.torchrun, **leg.env)
         struck = job.when("fault:") if leg.fault else time.monotonic()
         leg.act(job)
         code = job.end()
         outcomes[name] = Outcome(
-            code, job, time.monotonic() - struck, lost_steps(run_dir), before, digests(run_dir), deterministic(run_dir)
+            code, job, time.monotonic() - struck, lost_steps(run_dir), before, digests(run_dir), on_record(run_dir)
         )
         sys.stdout.write(f"{name}: exit {code}, checkpoints {checkpoints(run_dir)}\n{job.log}\n")
     return outcomes

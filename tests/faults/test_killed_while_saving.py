@@ -15,8 +15,10 @@ REFUSED = {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": 
 
 @pytest.fixture(scope="module")
 def struck(one_rank: Reference) -> dict[str, Outcome]:
-    legs = {name: leg for name, (_, leg) in SAVES.items()} | {"W&B refuses": Leg(env=REFUSED)}
-    return strike(one_rank.config, one_rank.config.parent / "saving", legs, "wandb.mode=online", ranks=0)
+    legs = {name: leg for name, (_, leg) in SAVES.items()} | {
+        "W&B refuses": Leg(overrides=("wandb.mode=online",), env=REFUSED)
+    }
+    return strike(one_rank.config, one_rank.config.parent / "saving", legs, ranks=0)
 
 
 @pytest.mark.fault(4, "killed while it saves")
