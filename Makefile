@@ -17,7 +17,7 @@ ARGS ?=
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow faults check static bench bench-peers gpu clean
+.PHONY: help setup train test test-slow faults check static bench bench-peers lm-eval audit gpu clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -62,6 +62,18 @@ bench: $(READY) ## time layers and hooks on this machine, as ratios
 bench-peers: $(READY) ## install the peers of the bench that are no dependency, into .venv-bench
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/peers.txt
+
+lm-eval: $(READY) ## install lm-evaluation-harness, which is no dependency, into .venv-bench
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@# It sees the packages of .venv, so torch and transformers are there once, at the versions we test.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/evenkeel.pth"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/lm_eval.txt
+
+audit: ## look up every pinned version in the Python advisory database; fails if one cannot be looked up
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 gpu: ## on a machine with a CUDA GPU: device tests and a short bf16 training over NCCL
 	bash launch/gpu.sh

@@ -23,8 +23,8 @@ _MAX_BYTES = 1 << 20
 _OVERRIDE = "command line"
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
-    """Read, merge and check a run configuration for `world_size` ranks.
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> RunConfig:
+    """Read, merge and check a run configuration for `world_size` ranks; None is for looking at a run, on any number.
 
     Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
     """

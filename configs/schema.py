@@ -26,6 +26,9 @@ class RunConfig:
     """Folder of the run; empty means runs/<name>. Starting again with the same folder resumes."""
     seed: int = 0
     """Seed of initial weights, dropout and sample order."""
+    init_from: str = ""
+    """Folder of initial weights (`launch.from_hf` writes one, a checkpoint is one); empty draws them.
+    Read only while the run folder has no checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -43,14 +46,15 @@ class RunConfig:
         """The run folder."""
         return self.run_dir or f"runs/{self.name}"
 
-    def problems(self, world_size: int) -> list[str]:
-        """Every inconsistency of the run on `world_size` ranks, each line beginning with the full key."""
+    def problems(self, world_size: int | None) -> list[str]:
+        """Every inconsistency of the run on `world_size` ranks, or on any, each line beginning with the full key."""
         found = [f"{section}.{line}" for section in SECTIONS for line in getattr(self, section).problems()]
         if not self.name or "/" in self.name or self.name.startswith("."):
             found.append(f"name: '{self.name}' is not a folder name; use letters, digits, - and _")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
-        found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        if world_size is not None:
+            found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
         if self.data.packing == "best_fit" and not self.model.document_mask:
             found.append(
                 "data.packing: best_fit puts unrelated documents side by side; set model.document_mask to true with it"
@@ -60,10 +64,15 @@ class RunConfig:
             if shares > 1 and experts % shares:
                 where = "an entry of model.layer_experts" if self.model.layer_experts else "model.num_experts"
                 found.append(f"engine.expert_parallel_size: {shares} does not divide {where} ({experts})")
-        if shares > 1 and world_size % shares:
+        if shares > 1 and world_size is not None and world_size % shares:
             found.append(f"engine.expert_parallel_size: {shares} does not divide the number of ranks ({world_size})")
         if shares > 1 and self.model.num_moe_layers < 1:
             found.append(f"engine.expert_parallel_size: {shares}, but the model has no experts; set it to 1")
+        if self.train.accumulation in ("deferred", "frozen") and not self.engine.keeps_graphs:
+            found.append(
+                f"train.accumulation: {self.train.accumulation} keeps graphs, which DeepSpeed would spoil at "
+                "engine.zero_stage 3; use auto or two_pass"
+            )
         if self.train.accumulation == "frozen" and (self.model.aux_loss.any or self.model.has_mtp):
             found.append(
                 "train.accumulation: frozen scales the whole gradient by the weights' divisor, so it cannot be used "

@@ -8,7 +8,7 @@ from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._corpus import open_corpus
 from moe.model import MoEDecoder
-from trainer import ranks
+from moe.rules import RULES
 from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
@@ -19,7 +19,7 @@ def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, 
 
     Raises CheckpointError if the run has no intact checkpoint.
     """
-    config = load_run_config(run_dir / "config.yaml", world_size=ranks.world_size())
+    config = load_run_config(run_dir / "config.yaml", world_size=None)
     corpus = open_corpus(config)
     folder = newest_intact(run_dir / "checkpoints")
     if folder is None:
@@ -27,5 +27,14 @@ def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, 
     model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
     if config.engine.precision == "bf16":
         model.bfloat16()
+    if has_multiplicative_bias(config):
+        for layer in model.moe_layers():
+            layer.router.prepare_balancing(multiplicative=True, collect_thresholds=False)
     load_weights(model.to(device), folder / WEIGHTS)
     return config, corpus, model, folder
+
+
+def has_multiplicative_bias(config: RunConfig) -> bool:
+    """Whether the run's biases multiply the scores: weights alone do not say so."""
+    rules = [spec["rule"] for spec in config.hooks.values() if spec["enabled"] and spec["hook"] == "expert_bias"]
+    return any(rule in RULES and RULES[rule].multiplicative for rule in rules)

@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
 def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, world_size: int) -> dict[str, float]:
     """Bytes of model state on one rank by component (Rajbhandari et al. 2020, arXiv 1910.02054, section 3).
 
-    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too. Routed experts are first
-    divided by expert parallelism, then their state over the ranks that hold the same share. Buckets and the alignment
-    of shards are not counted.
+    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too, stage 3 also parameters (those of
+    the layer at work are whole; they are not counted here). Routed experts are first divided by expert parallelism,
+    then their state over the ranks that hold the same share. Buckets and the alignment of shards are not counted.
     """
     low = 2 if engine.precision == "bf16" else 4
     accumulate = 2 if engine.accumulation_dtype == "bf16" else 4
@@ -59,8 +59,8 @@ def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, wor
     # A share of the experts lies on world / P ranks and its state is cut among those: 1 / world of all experts.
     sharded = local if engine.zero_stage == 0 else (num_dense + num_routed) / world_size
     return {
-        "parameters": low * local,
-        "gradients": accumulate * (sharded if engine.zero_stage == 2 else local),
+        "parameters": low * (sharded if engine.zero_stage == 3 else local),
+        "gradients": accumulate * (sharded if engine.zero_stage >= 2 else local),
         "master weights": 4 * sharded if has_master else 0.0,
         "Adam moments": 8 * sharded,
     }
@@ -136,7 +136,7 @@ def _batch(config: RunConfig, vocab_size: int, world_size: int) -> Table:
 
 def _mode(config: RunConfig) -> str:
     needs_whole_step = build_hooks(config.hooks).needs_batch_losses or config.model.aux_loss.global_batch > 0
-    return config.train.mode(needs_whole_step=needs_whole_step)
+    return config.train.mode(needs_whole_step=needs_whole_step, keeps_graphs=config.engine.keeps_graphs)
 
 
 def _cell(state: dict[str, float] | str, component: str) -> str:

@@ -38,9 +38,7 @@ def main(argv: list[str]) -> int:
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens: {arguments.tokens} must be at least 1")
 
-    timeout_s = load_run_config(
-        arguments.run / "config.yaml", world_size=ranks.world_size()
-    ).engine.collective_timeout_s
+    timeout_s = load_run_config(arguments.run / "config.yaml", world_size=None).engine.collective_timeout_s
     start_process_group(timeout_s)
     config, corpus, model, folder = load_trained_model(arguments.run, ranks.device())
     sample = None

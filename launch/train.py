@@ -2,6 +2,7 @@
 
 Starting again with the same run folder resumes from its newest intact checkpoint. On several nodes start the same
 command on each with torchrun's rendezvous options; the run folder must be on storage that all nodes share.
+With init_from a new run begins with given weights (python -m launch.from_hf).
 Without torchrun it trains in one process. Exit codes: 0 done, 2 config, 3 checkpoint or data, 4 numeric, 5 peer
 lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them on; plain torchrun ends with 1).
 """
@@ -21,6 +22,7 @@ from configs.schema import RunConfig
 from configs.typed import leaf_key, leaves_of
 from launch._cli import run_command
 from launch._corpus import open_corpus
+from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
 from launch._run_folder import RunFolder, RunReport, print_summary
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
@@ -63,6 +65,8 @@ def main(argv: list[str]) -> int:
     config = load_run_config(arguments.config, arguments.overrides, world_size=ranks.world_size())
     corpus = open_corpus(config)
     run_dir = Path(config.folder)
+    if config.init_from and is_fresh(run_dir):
+        check_initial_weights(config, corpus)
     start_process_group(config.engine.collective_timeout_s)
     with RunFolder(run_dir, config):
         reason = train(config, corpus, run_dir)
@@ -119,6 +123,8 @@ def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine
         expert_parallel_size=shares,
         expert_parallel_rank=ranks.rank() % shares,
     )
+    if config.init_from and is_fresh(run_dir):
+        load_initial_weights(model, config, share=ranks.rank() % shares, num_shares=shares)
     engine = Engine(
         model,
         build_adamw(model, config.optimizer, device),

@@ -26,11 +26,9 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
     """Parameters of `MoEDecoder(config)`; equal to the sum over its tensors."""
-    width, head, layers, sparse = config.hidden_size, config.head_size, config.num_layers, config.num_moe_layers
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    attention = width * head * (2 * heads + 2 * kv_heads)
-    attention += head * (heads + 2 * kv_heads) if config.attention_bias else 0
-    norms = 2 * width + (2 * head if config.qk_norm else 0)
+    width, layers, sparse = config.hidden_size, config.num_layers, config.num_moe_layers
+    attention, attention_norms = _latent_attention(config) if config.attention == "mla" else _grouped_attention(config)
+    norms = 2 * width + attention_norms
     expert = 3 * width * config.expert_intermediate_size
     layers += config.has_mtp  # its block is one more, with a projection and three norms of its own
     num_routed = sum(config.block_experts)
@@ -48,19 +46,43 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
     return ParameterCount(total, total | {"routed experts": sparse * config.top_k * expert})
 
 
+def _grouped_attention(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of one attention's projections, and of its norms."""
+    head, heads, kv_heads = config.head_size, config.num_heads, config.num_kv_heads
+    projections = config.hidden_size * head * (2 * heads + 2 * kv_heads)
+    projections += head * (heads + 2 * kv_heads) if config.attention_bias else 0
+    return projections, 2 * head if config.qk_norm else 0
+
+
+def _latent_attention(config: ModelConfig) -> tuple[int, int]:
+    width, heads, shape = config.hidden_size, config.num_heads, config.mla
+    query = heads * shape.query_size
+    projections = shape.q_lora_rank * (width + query) if shape.q_lora_rank else width * query
+    projections += width * (shape.kv_lora_rank + shape.qk_rope_head_dim)
+    projections += shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    return projections + heads * shape.v_head_dim * width, shape.q_lora_rank + shape.kv_lora_rank
+
+
+def _head_sizes(config: ModelConfig) -> tuple[int, int]:
+    """Width of a query or key head, and of a value head."""
+    if config.attention == "mla":
+        return config.mla.query_size, config.mla.v_head_dim
+    return config.head_size, config.head_size
+
+
 def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
     """Model FLOPs of forward and backward for one token, by active parameters.
 
     6 a parameter of every matrix product a token goes through (the head counts, the embedding look-up does not), and
-    6 * layers * T * heads * head width for causal attention scores and values, half of the full square
+    3 * layers * T * heads * (key + value width) for causal attention scores and values, half of the full square
     (Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     active = count_parameters(config, vocab_size).active
     matrices = (
         sum(active.values()) - active["embedding"] - active["norms"] - active["head"] + vocab_size * config.hidden_size
     )
-    attention = (config.num_layers + config.has_mtp) * sequence_length * config.num_heads * config.head_size
-    return 6.0 * matrices + 6.0 * attention
+    attention = (config.num_layers + config.has_mtp) * sequence_length * config.num_heads * sum(_head_sizes(config))
+    return 6.0 * matrices + 3.0 * attention
 
 
 def activation_bytes(
@@ -73,7 +95,7 @@ def activation_bytes(
     micro-batches whose graphs exist at once (`deferred` keeps all).
     """
     width, expert = config.hidden_size, config.expert_intermediate_size
-    attention = 3 * width + config.head_size * (2 * config.num_heads + 2 * config.num_kv_heads)
+    attention = 3 * width + _attention_elements(config)
     dense = attention + width + 3 * config.dense_intermediate_size
     chosen = config.top_k * (2 * width + 3 * expert) + 3 * config.num_shared_experts * expert
     blocks = [attention + width + chosen + 3 * experts if experts else dense for experts in config.block_experts]
@@ -83,3 +105,13 @@ def activation_bytes(
         kept, alive = sum(blocks), 0
     logits = 2 * 4 * vocab_size * min(tokens, LOSS_CHUNK)
     return element_bytes * tokens * (kept * kept_graphs + alive) + logits
+
+
+def _attention_elements(config: ModelConfig) -> int:
+    """Elements an attention keeps for each token between its norm and its output projection."""
+    key, value = _head_sizes(config)
+    kv_heads = config.num_kv_heads
+    kept = config.num_heads * (key + value) + kv_heads * (key + value)
+    if config.attention == "mla":  # the latents before and after their norms
+        kept += 2 * (config.mla.q_lora_rank + config.mla.kv_lora_rank) + config.mla.qk_rope_head_dim
+    return kept

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from moe.latent import LatentConfig
+
 LOSS_CHUNK = 8192
 """Tokens whose float32 logits exist at once; longer micro-batches compute their loss in pieces."""
 
@@ -57,6 +59,9 @@ class ModelConfig:
     """Key and value heads; fewer than num_heads is grouped-query attention."""
     head_dim: int = 0
     """Width of a head; 0 means hidden_size / num_heads."""
+    attention: Literal["gqa", "mla"] = "gqa"
+    """Grouped-query attention, or multi-head latent attention with the widths in `mla`."""
+    mla: LatentConfig = field(default_factory=LatentConfig)
 
     num_experts: int = 64
     """Routed experts a layer (E); with layer_experts, of the multi-token-prediction block."""
@@ -116,7 +121,9 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Leading elements of a head that are rotated; even."""
+        """Elements of a head that are rotated; even."""
+        if self.attention == "mla":
+            return self.mla.qk_rope_head_dim
         return int(self.head_size * self.partial_rotary) // 2 * 2
 
     @property
@@ -151,16 +158,7 @@ class ModelConfig:
                 found.append(f"{name}: {getattr(self, name)} is negative")
         if found:
             return found
-        if not self.head_dim and self.hidden_size % self.num_heads:
-            found.append(
-                f"num_heads: {self.num_heads} does not divide hidden_size ({self.hidden_size}); or set head_dim"
-            )
-        if self.num_heads % self.num_kv_heads:
-            found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads ({self.num_heads})")
-        if self.head_size % 2:
-            found.append(f"head_dim: {self.head_size} is odd; rotary positions need an even width")
-        if not 0 < self.partial_rotary <= 1:
-            found.append(f"partial_rotary: {self.partial_rotary} must be in (0, 1]")
+        found += self._latent_problems() if self.attention == "mla" else self._grouped_problems()
         if self.num_dense_layers > self.num_layers:
             found.append(f"num_dense_layers: {self.num_dense_layers} is more than num_layers ({self.num_layers})")
         if self.layer_experts:
@@ -177,6 +175,38 @@ class ModelConfig:
             found.append(f"dropout: {self.dropout} must be in [0, 1)")
         sparse = any(self.layer_experts) if self.layer_experts else self.num_dense_layers < self.num_layers
         return found + (self._expert_problems() if sparse or self.has_mtp else [])
+
+    def _grouped_problems(self) -> list[str]:
+        """Why grouped-query attention cannot have this shape."""
+        found = []
+        if not self.head_dim and self.hidden_size % self.num_heads:
+            found.append(
+                f"num_heads: {self.num_heads} does not divide hidden_size ({self.hidden_size}); or set head_dim"
+            )
+        if self.num_heads % self.num_kv_heads:
+            found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads ({self.num_heads})")
+        if self.head_size % 2:
+            found.append(f"head_dim: {self.head_size} is odd; rotary positions need an even width")
+        if not 0 < self.partial_rotary <= 1:
+            found.append(f"partial_rotary: {self.partial_rotary} must be in (0, 1]")
+        elif self.rotary_size < 2:
+            found.append(f"partial_rotary: {self.partial_rotary} turns nothing in a head of width {self.head_size}")
+        if self.mla.is_set:
+            found.append("mla: is not read with attention gqa; set attention to mla or remove it")
+        return found
+
+    def _latent_problems(self) -> list[str]:
+        """Why multi-head latent attention cannot have this shape, and what it does not read."""
+        found = [f"mla.{line}" for line in self.mla.problems()]
+        if self.num_kv_heads != self.num_heads:
+            found.append(
+                f"num_kv_heads: {self.num_kv_heads}, but with attention mla each head has its own keys and values; "
+                f"set it to num_heads ({self.num_heads})"
+            )
+        for name, unset in (("head_dim", 0), ("partial_rotary", 1.0), ("qk_norm", False), ("attention_bias", False)):
+            if getattr(self, name) != unset:
+                found.append(f"{name}: is not read with attention mla; remove it")
+        return found
 
     def _layer_problems(self) -> list[str]:
         """Why the experts of single blocks contradict each other or the other fields."""

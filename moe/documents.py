@@ -6,7 +6,8 @@ A row is a run of documents. `documents_BT` numbers them; what matters here is o
 On a CPU the mask is an exact one for scaled_dot_product_attention. On CUDA it is a block mask for flex_attention, which
 skips the blocks that hold nothing; its shapes do not depend on the data, so building it waits for nothing.
 
-Shape letters: B samples, T sequence, A query heads, G key-value heads, d head width, h rotated pairs.
+Shape letters: B samples, T sequence, A query heads, G key-value heads, d head width, v width of a value, h rotated
+pairs.
 """
 
 from functools import cache
@@ -62,16 +63,27 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
     return create_block_mask(within, batch, None, length, length, device=documents_BT.device)
 
 
-def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTd: Tensor, mask: AttentionMask) -> Tensor:
-    """Causal attention through the mask, [B, A, T, d]; query heads share the fewer key-value heads."""
+def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, mask: AttentionMask) -> Tensor:
+    """Causal attention through the mask, [B, A, T, v]; query heads share the fewer key-value heads."""
     grouped = query_BATd.shape[1] != key_BGTd.shape[1]
     if isinstance(mask, BlockMask):
         attention = _compiled_flex_attention() if query_BATd.is_cuda else flex_attention
-        mixed: Tensor = attention(query_BATd, key_BGTd, value_BGTd, block_mask=mask, enable_gqa=grouped)
+        mixed: Tensor = attention(query_BATd, key_BGTd, value_BGTv, block_mask=mask, enable_gqa=grouped)
         return mixed
-    return F.scaled_dot_product_attention(
-        query_BATd, key_BGTd, value_BGTd, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    size, value_size = query_BATd.shape[-1], value_BGTv.shape[-1]
+    if size == value_size:
+        return F.scaled_dot_product_attention(
+            query_BATd, key_BGTd, value_BGTv, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+    # The kernels that keep no T x T scores want one width. Zeros change neither products nor mixtures.
+    width = max(size, value_size)
+    query_BATw, key_BGTw, value_BGTw = (
+        F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query_BATd, key_BGTd, value_BGTv)
     )
+    mixed_BATw = F.scaled_dot_product_attention(
+        query_BATw, key_BGTw, value_BGTw, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=size**-0.5
+    )
+    return mixed_BATw[..., :value_size]
 
 
 @cache

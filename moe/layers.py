@@ -1,14 +1,11 @@
-"""The dense parts of the decoder: normalisation, rotary positions, attention, feed-forward.
+"""The dense parts of the decoder besides attention: normalisation, rotary positions, feed-forward.
 
-Shape letters: B samples, T sequence, D model width, A query heads, G key-value heads, d head width, h rotated pairs.
+Shape letters: B samples, T sequence, A heads, d head width, h rotated pairs.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from moe.config import ModelConfig
-from moe.documents import Layout, attend
 
 
 class RMSNorm(nn.Module):
@@ -41,40 +38,6 @@ def rotate(x_BATd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
     first, second, rest = x_BATd[..., :half], x_BATd[..., half : 2 * half], x_BATd[..., 2 * half :]
     cos, sin = cos_Th.to(x_BATd.dtype), sin_Th.to(x_BATd.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, head = config.hidden_size, config.head_size
-        self._heads, self._kv_heads, self._head = config.num_heads, config.num_kv_heads, head
-        self._theta, self._rotary = config.rope_theta, config.rotary_size
-        self.query = nn.Linear(width, self._heads * head, bias=config.attention_bias)
-        self.key = nn.Linear(width, self._kv_heads * head, bias=config.attention_bias)
-        self.value = nn.Linear(width, self._kv_heads * head, bias=config.attention_bias)
-        self.output = nn.Linear(self._heads * head, width, bias=False)
-        self.query_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        batch, length, _ = x_BTD.shape
-
-        def split(projected: Tensor, heads: int) -> Tensor:
-            return projected.view(batch, length, heads, self._head)
-
-        query_BATd = self.query_norm(split(self.query(x_BTD), self._heads)).transpose(1, 2)
-        key_BGTd = self.key_norm(split(self.key(x_BTD), self._kv_heads)).transpose(1, 2)
-        value_BGTd = split(self.value(x_BTD), self._kv_heads).transpose(1, 2)
-        mixed_BATd = attend(
-            rotate(query_BATd, layout.cos, layout.sin),
-            rotate(key_BGTd, layout.cos, layout.sin),
-            value_BGTd,
-            layout.mask,
-        )
-        mixed: Tensor = self.output(mixed_BATd.transpose(1, 2).reshape(batch, length, -1))
-        return mixed
 
 
 class FeedForward(nn.Module):

@@ -158,6 +158,8 @@ class Router(nn.Module):
     def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None:
         """Set the router up for a rule: how the bias enters the selection, and what has to be observed.
 
+        A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought.
+
         Raises ConfigError if the rule cannot work with this router.
         """
         config = self._config
@@ -166,7 +168,12 @@ class Router(nn.Module):
         if collect_thresholds and config.top_k == config.num_experts:
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
         self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
-        self.expert_bias_E.fill_(1.0 if multiplicative else 0.0)
+        if multiplicative:
+            if self.expert_bias_E.unique().numel() > 1:
+                raise ConfigError(
+                    "expert bias: rule multiplicative cannot start from the biases of init_from; they add"
+                )
+            self.expert_bias_E.fill_(1.0)
 
     @property
     def selects_by_price(self) -> bool:

@@ -25,7 +25,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ class CheckpointStore:
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
-        weights = whole_weights(engine.module)
+        weights = whole_weights(engine)
         shares = ranks.gather_objects(_write_share(staging, engine, hooks, state, weights))
         failed = [share.problem for share in shares if share.problem]
         _on_main(
@@ -125,7 +127,7 @@ class CheckpointStore:
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
-        load_weights(engine.module, folder / WEIGHTS)
+        load_weights(engine.module, folder / WEIGHTS, whole=partial(engine.whole, write=True))
         engine.clock = read_fragments(folder, engine.fragments())
         saved = json.loads((folder / "state.json").read_text())
         notes = hooks.load_state_dict(_read_hook_states(folder, saved["hooks"]))
@@ -248,37 +250,47 @@ def _write_share(
     return dataclasses.replace(share, files=files, spans=spans)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers on the host, tied ones once, sharded experts put together.
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """Parameters and persistent buffers on the host, tied ones once, cut ones put together.
 
-    A collective of the expert groups: every rank calls it.
+    A collective: every rank calls it.
     """
     whole = {}
-    for name, tensor in _weights(model).items():
-        group = expert_group(model, name)
-        if group is not None:
-            parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, tensor.contiguous(), group=group)
-            tensor = torch.cat(parts)
-        whole[name] = tensor.cpu().clone().contiguous()
+    for name, tensor in _weights(engine.module).items():
+        group = expert_group(engine.module, name)
+        with engine.whole(tensor) if isinstance(tensor, nn.Parameter) else nullcontext():
+            value = tensor.detach()
+            if group is not None:
+                parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, value.contiguous(), group=group)
+                value = torch.cat(parts)
+            whole[name] = value.to("cpu", copy=True).contiguous()
     return whole
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    *,
+    whole: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> None:
     """Read `model.safetensors` into a model of the same shape; of sharded experts, this rank's share.
 
+    `whole`: what makes a parameter whole while it is written (Engine.whole).
     Raises CheckpointError that names the first tensor that does not fit.
     """
     saved, own = safetensors.torch.load_file(path), _weights(model)
     for name in sorted(saved.keys() | own.keys()):
-        tensor = saved.get(name)
-        group = None if name not in own else expert_group(model, name)
+        tensor, target = saved.get(name), own.get(name)
+        group = None if target is None else expert_group(model, name)
         if tensor is not None and group is not None:
             tensor = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-        if tensor is None or name not in own or tensor.shape != own[name].shape:
+        shape = None if target is None else getattr(target, "ds_shape", target.shape)
+        if tensor is None or target is None or tensor.shape != shape:
             raise CheckpointError(f"{path}: {name} does not fit the model; it was saved by a model of another shape")
-        own[name].copy_(tensor)
+        with whole(target) if isinstance(target, nn.Parameter) else nullcontext():
+            target.detach().copy_(tensor)
 
 
 def newest_intact(root: Path) -> Path | None:
@@ -304,7 +316,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     # named_parameters lists a tied tensor once; state_dict knows which buffers are meant to be kept.
     kept = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach() for name, tensor in named.items() if name in kept}
+    return {name: tensor for name, tensor in named.items() if name in kept}
 
 
 def _on_main(action: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ class EngineConfig:
     """How DeepSpeed runs the model."""
 
     zero_stage: int = 1
-    """ZeRO stage: 0 (nothing sharded), 1 (optimizer state) or 2 (and gradients)."""
+    """ZeRO stage: 0 (nothing sharded), 1 (optimizer state), 2 (and gradients) or 3 (and parameters)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of parameters and activations. bf16 keeps fp32 master weights in the optimizer."""
     grad_accumulation: Literal["auto", "fp32", "bf16"] = "auto"
@@ -54,10 +54,8 @@ class EngineConfig:
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
         found = []
-        if self.zero_stage == 3:
-            found.append("zero_stage: 3 is not supported yet; use 0, 1 or 2")
-        elif self.zero_stage not in (0, 1, 2):
-            found.append(f"zero_stage: {self.zero_stage} does not exist; use 0, 1 or 2")
+        if self.zero_stage not in (0, 1, 2, 3):
+            found.append(f"zero_stage: {self.zero_stage} does not exist; use 0, 1, 2 or 3")
         if self.precision == "fp32" and self.grad_accumulation == "bf16":
             found.append("grad_accumulation: bf16 with precision fp32 would lose what fp32 keeps; use auto")
         if self.precision == "bf16" and self.zero_stage == 0 and self.grad_accumulation == "fp32":
@@ -69,7 +67,7 @@ class EngineConfig:
         if self.expert_parallel_size > 1 and self.zero_stage not in (1, 2):
             found.append(
                 f"expert_parallel_size: {self.expert_parallel_size} needs zero_stage 1 or 2; at 0 DeepSpeed clips "
-                "by a norm that differs between ranks"
+                "by a norm that differs between ranks, at 3 it has no expert groups"
             )
         if self.bucket_elements < 1:
             found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
@@ -116,6 +114,12 @@ class EngineConfig:
             },
             "steps_per_print": None,
         }
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether a graph may wait while others are made: at stage 3 DeepSpeed frees parameters under its feet, and
+        gradients would be silently wrong."""
+        return self.zero_stage < 3
 
     @property
     def checks_gradients_itself(self) -> bool:
@@ -266,6 +270,9 @@ class Engine:
                 values = [tensor.view(-1) for tensor in (master.detach(), state["exp_avg"], state["exp_avg_sq"])]
                 yield Fragment(name, size, offset, *values)
                 continue
+            if self.config.zero_stage == 3:
+                yield self._partition(name, parameter)
+                continue
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # another rank has it
                 continue
@@ -276,6 +283,33 @@ class Engine:
                 for tensor in (flat.detach(), state["exp_avg"], state["exp_avg_sq"])
             ]
             yield Fragment(name, size, offset + mapping.lp_fragment_address.start, *values)
+
+    def _partition(self, name: str, parameter: nn.Parameter) -> Fragment:
+        """This rank's part of a parameter at stage 3, where all are cut into equal parts, the last one padded."""
+        optimizer: Any = self._engine.optimizer
+        group, begin, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat, size = optimizer.fp32_partitioned_groups_flat[group], parameter.ds_numel  # type: ignore[attr-defined]
+        state = _adam_state(optimizer.optimizer, flat)
+        start = min(length * ranks.rank(), size)
+        values = [
+            tensor.narrow(0, begin, min(length, size - start))
+            for tensor in (flat.detach(), state["exp_avg"], state["exp_avg_sq"])
+        ]
+        return Fragment(name, size, start, *values)
+
+    @contextmanager
+    def whole(self, parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
+        """Have all of a parameter, which is cut into parts at stage 3; `write`: keep what is written into it.
+
+        A collective at stage 3: every rank enters it.
+        """
+        if self.config.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+            yield
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter of the whole model."""
@@ -310,7 +344,7 @@ class Engine:
         """Elements of the whole parameter, and where this rank's begin: experts are shares of one stack."""
         group = expert_group(self.module, name)
         if group is None:
-            return parameter.numel(), 0
+            return getattr(parameter, "ds_numel", parameter.numel()), 0
         return parameter.numel() * dist.get_world_size(group), parameter.numel() * dist.get_rank(group)
 
     def _forget_first_step(self) -> None:

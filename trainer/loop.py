@@ -73,9 +73,14 @@ class TrainConfig:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
         return found
 
-    def mode(self, *, needs_whole_step: bool) -> AccumulationMode:
-        """How this run accumulates, given whether hooks or the model must see the whole step before a backward."""
-        return "streaming" if self.accumulation == "auto" and not needs_whole_step else self.accumulation
+    def mode(self, *, needs_whole_step: bool, keeps_graphs: bool = True) -> AccumulationMode:
+        """How this run accumulates, given whether hooks or the model must see the whole step before a backward, and
+        whether the engine lets graphs wait for it."""
+        if self.accumulation != "auto":
+            return self.accumulation
+        if not needs_whole_step:
+            return "streaming"
+        return "auto" if keeps_graphs else "two_pass"
 
     def batch_problems(self, world_size: int) -> list[str]:
         """Why the global batch cannot be dealt to `world_size` ranks; empty if it can."""
@@ -133,7 +138,9 @@ class Trainer:
             self.engine,
             self.hooks,
             mode=self.config.mode(
-                needs_whole_step=self.hooks.needs_batch_losses or getattr(self.engine.module, "needs_whole_step", False)
+                needs_whole_step=self.hooks.needs_batch_losses
+                or getattr(self.engine.module, "needs_whole_step", False),
+                keeps_graphs=self.engine.config.keeps_graphs,
             ),
             normalization=self.config.loss_normalization,
             num_micro_batches=self.config.global_batch_size // (self.config.micro_batch_size * ranks.world_size()),

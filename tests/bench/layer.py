@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from moe.blocks import MoELayer
 from moe.config import ModelConfig
 from moe.layers import FeedForward
-from moe.model import MoELayer
 from tests.bench.peers import PEERS, Peer, Weights
 from tests.bench.report import Report
 from tests.bench.timing import Timing, interleaved

@@ -58,3 +58,13 @@ def test_resolved_values_are_those_that_yaml_and_json_give_back() -> None:
     assert yaml.safe_load(to_yaml(load_run_config("configs/quickstart.yaml"))) == to_dict(
         load_run_config("configs/quickstart.yaml")
     )
+
+
+@pytest.mark.parametrize("accumulation", ["deferred", "frozen"])
+def test_graphs_cannot_wait_at_zero_3(accumulation: str, tmp_path: Path, data_config: DataConfig) -> None:
+    config = tiny_config(
+        tmp_path, data_config, engine={"zero_stage": 3}, hooks={"sample_reweight": {"strategy": "linear"}}
+    )
+    with pytest.raises(ConfigError, match=f"train.accumulation: {accumulation} keeps graphs"):
+        load_run_config(config, [f"train.accumulation={accumulation}"])
+    assert load_run_config(config).train.mode(needs_whole_step=True, keeps_graphs=False) == "two_pass"

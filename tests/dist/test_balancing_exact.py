@@ -36,6 +36,10 @@ METHODS: dict[str, list[str]] = {
         "model={num_layers: 4, layer_experts: [4, 0, 8, 16], num_dense_layers: 0}",
         "model.aux_loss={sequence: 0.05, global_batch: 0.05, z: 0.01}", "hooks.expert_bias.rule=smebu",
     ],
+    "latent attention, documents apart": [
+        "model={attention: mla, num_kv_heads: 4, document_mask: true, mtp_weight: 0.3}",
+        "model.mla={q_lora_rank: 24, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 6}",
+    ],
 }  # fmt: skip
 
 BATCH = 16
@@ -64,7 +68,7 @@ CUTS = {
 # Every method once, in turn over the cuts of one and two ranks, and a few on four; the whole table is slow.
 SMALL_CUTS = [name for name in CUTS if not name.startswith("4")]
 FAST = [(method, SMALL_CUTS[i % len(SMALL_CUTS)]) for i, method in enumerate(METHODS)]
-FAST += [("all losses and a rule", "2 ranks x 4, EP 2, recomputed")]
+FAST += [(m, "2 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "latent attention, documents apart")]
 FAST += [(m, "4 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "different layers", "proportional")]
 SLOW = [(m, c) for m in METHODS for c in CUTS if (m, c) not in FAST]
 

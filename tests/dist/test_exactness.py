@@ -13,6 +13,9 @@ from tests.dist.reference import train_reference
 from tests.harness import losses, rows, run_trainings, tiny_config
 from trainer.data.config import DataConfig
 
+# Small parameters are cut too: else stage 3 would keep all of this model whole.
+ZERO_3 = ["engine.zero_stage=3", "engine.zero_options={stage3_param_persistence_threshold: 0}"]
+
 # name -> (ranks, overrides). Eight samples a step, always the same eight.
 CUTS: dict[str, tuple[int, list[str]]] = {
     "1 rank x 1": (1, ["train.micro_batch_size=8"]),
@@ -55,6 +58,8 @@ CUTS: dict[str, tuple[int, list[str]]] = {
         4,
         ["train.micro_batch_size=1", "engine.zero_stage=2", "engine.expert_parallel_size=4"],
     ),
+    "2 ranks x 2, ZeRO 3": (2, ["train.micro_batch_size=2", *ZERO_3]),
+    "2 ranks x 4, ZeRO 3, recomputed": (2, ["train.micro_batch_size=1", "model.activation_recompute=block", *ZERO_3]),
     "4 ranks x 1": (4, ["train.micro_batch_size=2"]),
     "4 ranks x 2, ZeRO 1": (4, ["train.micro_batch_size=1", "engine.zero_stage=1"]),
 }

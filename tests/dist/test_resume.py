@@ -21,6 +21,12 @@ LAYOUTS = {
     for precision in ("fp32", "bf16")
     for stage in (0, 1, 2)
 } | {
+    f"{precision} ZeRO 3": [
+        f"engine.precision={precision}", "engine.zero_stage=3", "model.dropout=0.1",
+        "engine.zero_options={stage3_param_persistence_threshold: 0}",
+    ]
+    for precision in ("fp32", "bf16")
+} | {
     f"{precision} ZeRO {stage} EP 2": [
         f"engine.precision={precision}", f"engine.zero_stage={stage}", "model.dropout=0.1", "engine.expert_parallel_size=2",
     ]

@@ -12,6 +12,7 @@ from trainer.data.config import DataConfig
 
 POISONED_STEP = 3
 NO_REWEIGHT = "hooks.sample_reweight.enabled=false"
+PARTITIONED = ["engine.zero_options={stage3_param_persistence_threshold: 0}"]  # small parameters too
 CASES = {
     "loss, fp32 ZeRO 0": ("loss", ["engine.zero_stage=0"]),
     "loss, fp32 ZeRO 1, two passes": ("loss", ["engine.zero_stage=1", "train.accumulation=two_pass"]),
@@ -19,6 +20,8 @@ CASES = {
     "loss, fp32 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", NO_REWEIGHT]),
     "loss, bf16 ZeRO 1, streaming": ("loss", ["engine.zero_stage=1", "engine.precision=bf16", NO_REWEIGHT]),
     "loss, bf16 ZeRO 2, streaming": ("loss", ["engine.zero_stage=2", "engine.precision=bf16", NO_REWEIGHT]),
+    "loss, fp32 ZeRO 3, two passes": ("loss", ["engine.zero_stage=3", *PARTITIONED]),
+    "loss, bf16 ZeRO 3, streaming": ("loss", ["engine.zero_stage=3", "engine.precision=bf16", NO_REWEIGHT, *PARTITIONED]),
     "loss, fp32 ZeRO 2 EP 2": ("loss", ["engine.zero_stage=2", "engine.expert_parallel_size=2"]),
     "gradient, fp32 ZeRO 1 EP 2": ("gradient", ["engine.zero_stage=1", "engine.expert_parallel_size=2"]),
     "gradient, bf16 ZeRO 2 EP 2": (
@@ -28,6 +31,7 @@ CASES = {
     "gradient, fp32 ZeRO 0": ("gradient", ["engine.zero_stage=0"]),
     "gradient, fp32 ZeRO 1": ("gradient", ["engine.zero_stage=1"]),
     "gradient, fp32 ZeRO 2": ("gradient", ["engine.zero_stage=2"]),
+    "gradient, fp32 ZeRO 3": ("gradient", ["engine.zero_stage=3", *PARTITIONED]),
     "gradient, bf16 ZeRO 0": ("gradient", ["engine.zero_stage=0", "engine.precision=bf16"]),
     "gradient, bf16 ZeRO 1": ("gradient", ["engine.zero_stage=1", "engine.precision=bf16"]),
     "gradient, bf16 ZeRO 2": ("gradient", ["engine.zero_stage=2", "engine.precision=bf16"]),

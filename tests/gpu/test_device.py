@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe.grouped import experts_forward
+from moe.latent import LatentConfig
 from tests.moe.test_model import small_model, tokens_and_labels
 
 pytestmark = pytest.mark.gpu
@@ -36,12 +37,19 @@ def test_model_agrees_with_the_cpu_and_counts_the_same() -> None:
         assert (counts - cuda_counts.cpu()).abs().sum() <= 4, "a near tie may fall the other way"
 
 
-def test_documents_are_kept_apart_as_on_the_cpu() -> None:
+WIDE_LATENT = {
+    "attention": "mla", "num_kv_heads": 4,
+    "mla": LatentConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", [{"head_dim": 16}, WIDE_LATENT])
+def test_documents_are_kept_apart_as_on_the_cpu(attention: dict[str, object]) -> None:
     """Compiled flex_attention with a block mask against the exact masked product, forward and backward."""
     tokens_BT, labels_BT = tokens_and_labels(length=300)
     documents_BT = (torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(2)) < 0.05).cumsum(dim=1)
     # One expert for all: a near tie in the router would send a token elsewhere.
-    shape = {"document_mask": True, "head_dim": 16, "num_experts": 1, "top_k": 1}
+    shape = {"document_mask": True, "num_experts": 1, "top_k": 1, **attention}
     cpu, cuda = small_model(**shape), small_model(**shape).cuda()
     expected = cpu(tokens_BT, labels_BT, documents_BT)
     found = cuda(tokens_BT.cuda(), labels_BT.cuda(), documents_BT.cuda())

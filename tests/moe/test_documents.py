@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe.config import ModelConfig
 from moe.documents import attend, block_mask, dense_mask, positions_in_documents
 from moe.model import MoEDecoder
-from tests.moe.test_model import VOCAB, small_model, tokens_and_labels
+from tests.moe.test_model import LATENT, VOCAB, small_model, tokens_and_labels
 
 LENGTHS = ([5, 1, 6], [12], [3, 3, 3])  # the last row ends in padding
 
@@ -21,7 +21,7 @@ def documents_of(lengths: tuple[list[int], ...] = LENGTHS, length: int = 12) -> 
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("changes", [{}, {"partial_rotary": 0.5, "qk_norm": True}, {"num_dense_layers": 3}])
+@pytest.mark.parametrize("changes", [{}, {"partial_rotary": 0.5, "qk_norm": True}, {"num_dense_layers": 3}, LATENT])
 def test_a_document_in_a_row_is_as_if_alone(changes: dict[str, object]) -> None:
     tokens_BT, _ = tokens_and_labels()
     model = small_model(document_mask=True, **changes)
@@ -37,7 +37,7 @@ def test_a_document_in_a_row_is_as_if_alone(changes: dict[str, object]) -> None:
     assert torch.equal(small_model(**changes)(tokens_BT), unmasked_BTV), "and documents change nothing"
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 3}])
+@pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 3}, LATENT])
 @settings(max_examples=25)
 @given(victim=st.integers(0, 3), seed=st.integers(0, 2**31))
 def test_a_changed_document_leaves_its_neighbours_unchanged_bit_for_bit(
@@ -73,14 +73,15 @@ def test_gradients_do_not_cross_either() -> None:
 
 
 @settings(max_examples=8)
-@given(seed=st.integers(0, 2**31), grouped=st.booleans())
-def test_block_mask_and_dense_mask_agree(seed: int, grouped: bool) -> None:
+@given(seed=st.integers(0, 2**31), grouped=st.booleans(), value_size=st.sampled_from([8, 16, 32]))
+def test_block_mask_and_dense_mask_agree(seed: int, grouped: bool, value_size: int) -> None:
     """The mask used on CUDA, uncompiled, against the one used on CPUs."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (2, 3), generator=generator).tolist()
     documents_BT = documents_of(tuple(lengths), 192)
     heads = (4, 2) if grouped else (2, 2)
-    query, key, value = (torch.randn(2, n, 192, 16, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    sizes = ((heads[0], 16), (heads[1], 16), (heads[1], value_size))
+    query, key, value = (torch.randn(2, n, 192, size, generator=generator) for n, size in sizes)
     exact = attend(query, key, value, dense_mask(documents_BT))
     torch.testing.assert_close(attend(query, key, value, block_mask(documents_BT)), exact)
 

@@ -12,6 +12,7 @@ from moe.arithmetic import count_parameters, flops_per_token
 from moe.config import AuxLossConfig, ModelConfig
 from moe.documents import Layout
 from moe.grouped import experts_forward
+from moe.latent import LatentConfig
 from moe.layers import FeedForward, rotary_table
 from moe.model import LOSS_CHUNK, MoEDecoder
 
@@ -20,6 +21,10 @@ SMALL = ModelConfig(
     num_experts=8, top_k=2, expert_intermediate_size=16, num_shared_experts=1,
 )  # fmt: skip
 VOCAB = 50
+LATENT = {
+    "attention": "mla", "num_kv_heads": 4,
+    "mla": LatentConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
+}  # fmt: skip
 
 
 def small_model(**changes: object) -> MoEDecoder:
@@ -104,19 +109,21 @@ def test_loss_in_chunks_equals_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(model.head.weight.grad, gradient)
 
 
-def test_no_token_sees_the_future() -> None:
-    model = small_model().eval()
+@pytest.mark.parametrize("changes", [{}, LATENT])
+def test_no_token_sees_the_future(changes: dict[str, object]) -> None:
+    model = small_model(**changes).eval()
     tokens_BT, _ = tokens_and_labels()
     changed_BT = tokens_BT.clone()
     changed_BT[:, 7:] = (changed_BT[:, 7:] + 1) % VOCAB
     torch.testing.assert_close(model(tokens_BT)[:, :7], model(changed_BT)[:, :7], rtol=0, atol=1e-6)
 
 
-def test_recomputation_changes_neither_gradients_nor_loads() -> None:
+@pytest.mark.parametrize("changes", [{}, LATENT])
+def test_recomputation_changes_neither_gradients_nor_loads(changes: dict[str, object]) -> None:
     tokens_BT, labels_BT = tokens_and_labels()
     results = []
     for recompute in ("none", "block"):
-        model = small_model(activation_recompute=recompute, dropout=0.2)
+        model = small_model(activation_recompute=recompute, dropout=0.2, **changes)
         torch.manual_seed(5)
         model(tokens_BT, labels_BT).mean().backward()
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -159,6 +166,8 @@ def test_loads_are_of_training_forwards_with_gradients_only() -> None:
         {"qk_norm": True, "attention_bias": True, "num_shared_experts": 0, "num_dense_layers": 0},
         {"num_dense_layers": 3, "head_dim": 16, "partial_rotary": 0.5},
         {"mtp_weight": 0.3},
+        LATENT,
+        {**LATENT, "mla": dataclasses.replace(LATENT["mla"], q_lora_rank=0), "mtp_weight": 0.3},
         {"layer_experts": (0, 4, 8)},
         {"layer_experts": (4, 0, 16), "num_dense_layers": 0, "num_experts": 16, "mtp_weight": 0.3},
         {"layer_experts": (0, 0, 0)},
@@ -209,16 +218,50 @@ def test_layers_that_contradict_the_rest_are_refused(changes: dict[str, object],
     assert message in problems[0]
 
 
-def test_flops_equal_what_torch_counts() -> None:
+def test_deepseek_v3_has_as_many_parameters_as_its_paper_says() -> None:
+    """671B parameters, 37B a token (arXiv 2412.19437, section 4.2)."""
+    config = ModelConfig(
+        hidden_size=7168, num_layers=61, num_dense_layers=3, dense_intermediate_size=18432, num_heads=128,
+        num_kv_heads=128, num_experts=256, top_k=8, expert_intermediate_size=2048, num_shared_experts=1, num_groups=8,
+        top_groups=4, routed_scale=2.5, attention="mla",
+        mla=LatentConfig(
+            q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+    )  # fmt: skip
+    assert not config.problems()
+    count = count_parameters(config, 129280)
+    assert round(count.num_total / 1e9) == 671
+    assert round((count.num_active - count.active["embedding"]) / 1e9) == 37
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "mla"}, "mla.kv_lora_rank: must be at least 1"),
+        ({**LATENT, "attention": "gqa"}, "mla: is not read with attention gqa"),
+        ({**LATENT, "num_kv_heads": 2}, "num_kv_heads: 2, but with attention mla"),
+        ({**LATENT, "qk_norm": True}, "qk_norm: is not read with attention mla"),
+        ({**LATENT, "mla": dataclasses.replace(LATENT["mla"], qk_rope_head_dim=3)}, "qk_rope_head_dim: 3 is odd"),
+        ({**LATENT, "mla": dataclasses.replace(LATENT["mla"], q_lora_rank=-1)}, "mla.q_lora_rank: -1 is negative"),
+    ],
+)
+def test_impossible_latent_attention_is_refused(changes: dict[str, object], message: str) -> None:
+    problems = dataclasses.replace(SMALL, **changes).problems()
+    assert message in problems[0], problems
+
+
+@pytest.mark.parametrize(("changes", "widths"), [({}, 16), (LATENT, 18)])
+def test_flops_equal_what_torch_counts(changes: dict[str, object], widths: int) -> None:
+    """`widths`: of a key and a value head together."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = small_model()
+    model = small_model(**changes)
     tokens_BT, labels_BT = tokens_and_labels(2, 16)
     with FlopCounterMode(display=False) as counter:
         model(tokens_BT, labels_BT).sum().backward()
     # Torch does not count attention on a CPU: everything else must agree exactly.
-    uncounted = 6 * SMALL.num_layers * 16 * 32
-    assert counter.get_total_flops() == (flops_per_token(SMALL, VOCAB, 16) - uncounted) * tokens_BT.numel()
+    uncounted = 3 * SMALL.num_layers * 16 * SMALL.num_heads * widths
+    assert counter.get_total_flops() == (flops_per_token(model.config, VOCAB, 16) - uncounted) * tokens_BT.numel()
 
 
 def test_initial_loss_is_that_of_a_uniform_guess() -> None:

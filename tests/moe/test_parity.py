@@ -1,23 +1,50 @@
-"""The same weights give the same logits as transformers' GLM-4-MoE and Qwen3-MoE."""
+"""The same weights give the same logits as transformers' GLM-4-MoE, Qwen3-MoE and DeepSeek-V3."""
 
 import pytest
 import torch
 from torch import nn
 
+from moe.blocks import MoELayer
 from moe.config import ModelConfig
-from moe.model import MoEDecoder, MoELayer
+from moe.latent import LatentConfig
+from moe.model import MoEDecoder
 
 transformers = pytest.importorskip("transformers")
 
 VOCAB, HIDDEN, LAYERS, EXPERTS, FF = 96, 64, 3, 8, 24
 
 
+def half_split(weight: torch.Tensor, *, heads: int, before: int, rotated: int) -> torch.Tensor:
+    """Rows of a projection with each head's rotated pairs (x0, y0, x1, y1, ...) as (x0, x1, ..., y0, y1, ...)."""
+    by_head = weight.view(heads, before + rotated, -1)
+    pairs = by_head[:, before:].unflatten(1, (rotated // 2, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([by_head[:, :before], pairs], dim=1).flatten(0, 1)
+
+
+def copy_latent_attention(ours: nn.Module, theirs: nn.Module) -> None:
+    heads, nope, rotated = theirs.num_heads, theirs.qk_nope_head_dim, theirs.qk_rope_head_dim
+    ours.output.weight.copy_(theirs.o_proj.weight)
+    ours.kv_expand.weight.copy_(theirs.kv_b_proj.weight)
+    ours.kv_norm.weight.copy_(theirs.kv_a_layernorm.weight)
+    compress = half_split(theirs.kv_a_proj_with_mqa.weight, heads=1, before=theirs.kv_lora_rank, rotated=rotated)
+    ours.kv_compress.weight.copy_(compress)
+    if theirs.q_lora_rank is None:
+        ours.query.weight.copy_(half_split(theirs.q_proj.weight, heads=heads, before=nope, rotated=rotated))
+        return
+    ours.query_compress.weight.copy_(theirs.q_a_proj.weight)
+    ours.query_norm.weight.copy_(theirs.q_a_layernorm.weight)
+    ours.query_expand.weight.copy_(half_split(theirs.q_b_proj.weight, heads=heads, before=nope, rotated=rotated))
+
+
 def copy_attention(ours: nn.Module, theirs: nn.Module) -> None:
+    if hasattr(theirs, "kv_b_proj"):
+        return copy_latent_attention(ours, theirs)
     for mine, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "o_proj")):
         getattr(ours, mine).load_state_dict(getattr(theirs, name).state_dict())
     for mine, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
         if hasattr(theirs, name):
             getattr(ours, mine).weight.copy_(getattr(theirs, name).weight)
+    return None
 
 
 def copy_feed_forward(ours: nn.Module, theirs: nn.Module) -> None:
@@ -96,6 +123,36 @@ def test_qwen3_moe() -> None:
             num_experts=EXPERTS, top_k=3, expert_intermediate_size=FF, num_shared_experts=0, router_score="softmax",
             normalize_gates=True, qk_norm=True, norm_eps=theirs.config.rms_norm_eps,
             rope_theta=theirs.config.rope_parameters["rope_theta"],
+        ),
+        vocab_size=VOCAB,
+    ).eval()  # fmt: skip
+    compare(ours, theirs)
+
+
+@pytest.mark.parametrize("query_rank", [24, None])
+@pytest.mark.parametrize("value_size", [20, 36])
+def test_deepseek_v3(query_rank: int | None, value_size: int) -> None:
+    """With and without a query latent, values narrower and wider than queries."""
+    theirs = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=80, num_hidden_layers=LAYERS, num_attention_heads=4,
+            num_key_value_heads=4, q_lora_rank=query_rank, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=12,
+            v_head_dim=value_size, rms_norm_eps=1e-5, n_routed_experts=EXPERTS, num_experts_per_tok=2,
+            moe_intermediate_size=FF, n_shared_experts=1, first_k_dense_replace=1, n_group=4, topk_group=2,
+            routed_scaling_factor=2.5, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+    randomize(theirs)
+    ours = MoEDecoder(
+        ModelConfig(
+            hidden_size=HIDDEN, num_layers=LAYERS, num_dense_layers=1, dense_intermediate_size=80, num_heads=4,
+            num_kv_heads=4, attention="mla", num_experts=EXPERTS, top_k=2, expert_intermediate_size=FF,
+            num_shared_experts=1, routed_scale=2.5, num_groups=4, top_groups=2, norm_eps=1e-5,
+            rope_theta=theirs.config.rope_parameters["rope_theta"],
+            mla=LatentConfig(
+                q_lora_rank=query_rank or 0, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=12,
+                v_head_dim=value_size,
+            ),
         ),
         vocab_size=VOCAB,
     ).eval()  # fmt: skip
