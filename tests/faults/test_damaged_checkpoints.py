@@ -34,7 +34,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "manifest missing": ("MANIFEST.json", Path.unlink, "MANIFEST.json is missing"),
     "a number changed in the manifest": (
         "MANIFEST.json", lambda path: path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0')),
-        "does not have the hash",
+        "hooks.safetensors does not have the hash",
     ),
 }  # fmt: skip
 
@@ -69,6 +69,7 @@ def copy_of(reference: Reference, name: str) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.fault(7, "every checkpoint damaged")
 def test_no_intact_checkpoint_is_exit_3_and_nothing_is_trained(one_rank: Reference) -> None:
     run_dir = copy_of(one_rank, "all damaged")
