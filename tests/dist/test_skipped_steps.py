@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> P
     return folder
 
 
-def marked(name: str) -> pytest.param:
+def marked(name: str) -> object:
     fault = (10, "NaN in a loss on one rank") if CASES[name][0] == "loss" else (12, "NaN in a gradient on one rank")
     return pytest.param(name, marks=pytest.mark.fault(*fault))
 
