@@ -29,6 +29,8 @@ def wait_and_kill_the_frozen(job: Job) -> None:
     job.kill_frozen()
 
 
+pytestmark = pytest.mark.timeout(600)  # all seven starts count for the first test
+
 LEGS = {
     "killed at fetch": Leg("kill@1:3:fetch"),
     "killed at loss": Leg("kill@0:5:loss"),
