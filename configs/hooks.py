@@ -12,10 +12,13 @@ from trainer.hooks import Hook, HookList
 from trainer.registry import find_hook
 
 
-def resolve_hooks(section: Mapping[str, Any], *, is_frozen: bool = False) -> tuple[dict[str, Any], list[str]]:
+def resolve_hooks(
+    section: Mapping[str, Any], *, is_frozen: bool = False, has_phases: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """The section with every default filled in, and every problem in it.
 
-    `is_frozen`: whether the hooks must do with weights that are fixed before a step.
+    `is_frozen`: whether the hooks must do with weights that are fixed before a step. `has_phases`: whether the
+    configuration changes the mixture of the data during the run.
     """
     resolved: dict[str, Any] = {}
     problems: list[str] = []
@@ -40,12 +43,14 @@ def resolve_hooks(section: Mapping[str, Any], *, is_frozen: bool = False) -> tup
         if enabled and not option_problems:
             hooks[label] = _instantiate(hook_class, complete)
     try:
-        reason = HookList(hooks).frozen_problem
+        built = HookList(hooks)
     except ConfigError as error:
         problems.append(str(error))
     else:
-        if is_frozen and reason and not problems:
-            problems.append(f"train.accumulation: frozen cannot be used: {reason}")
+        if is_frozen and built.frozen_problem and not problems:
+            problems.append(f"train.accumulation: frozen cannot be used: {built.frozen_problem}")
+        if has_phases and built.sets_sampling:
+            problems.append("data.phases: a hook sets the weights of the sampling; remove the phases or the hook")
     return resolved, problems
 
 

@@ -34,7 +34,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_si
     config, problems = build_typed(RunConfig, leaves)
     if problems:
         raise ConfigError(*problems)
-    resolved, hook_problems = resolve_hooks(config.hooks, is_frozen=config.train.accumulation == "frozen")
+    resolved, hook_problems = resolve_hooks(
+        config.hooks, is_frozen=config.train.accumulation == "frozen", has_phases=bool(config.data.phases)
+    )
     problems = config.problems(world_size) + hook_problems
     if problems:
         raise ConfigError(*(f"{path}: {line}" for line in problems))

@@ -55,6 +55,9 @@ class RunConfig:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
         if world_size is not None:
             found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        if not found:
+            batch = {"steps": self.train.steps, "global_batch_size": self.train.global_batch_size}
+            found += [f"data.{line}" for line in self.data.phase_problems(**batch)]
         if self.data.packing == "best_fit" and not self.model.document_mask:
             found.append(
                 "data.packing: best_fit puts unrelated documents side by side; set model.document_mask to true with it"

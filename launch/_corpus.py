@@ -11,4 +11,6 @@ def open_corpus(config: RunConfig) -> TokenCorpus:
         sequence_length=config.train.sequence_length,
         seed=config.seed,
         mask_documents=config.model.document_mask,
+        steps=config.train.steps,
+        global_batch_size=config.train.global_batch_size,
     )

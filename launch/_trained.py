@@ -9,9 +9,10 @@ from configs.schema import RunConfig
 from launch._corpus import open_corpus
 from moe.model import MoEDecoder
 from moe.rules import RULES
-from trainer.checkpoint import WEIGHTS, load_weights, newest_intact
+from trainer.checkpoint import WEIGHTS, newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
+from trainer.model_weights import load_weights
 
 
 def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, TokenCorpus, MoEDecoder, Path]:

@@ -99,7 +99,11 @@ def find_weights(
     optimizer = build_adamw(model, config.optimizer, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     by_domain = [
-        open_corpus(dataclasses.replace(config, data=dataclasses.replace(config.data, weights={name: 1.0})))
+        open_corpus(
+            dataclasses.replace(
+                config, data=dataclasses.replace(config.data, weights={name: 1.0}, phases=[], max_epochs={})
+            )
+        )
         for name in corpus.domain_names
     ]
     balancing = _balancing(config, model, corpus, device)

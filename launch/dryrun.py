@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
 def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, world_size: int) -> dict[str, float]:
     """Bytes of model state on one rank by component (Rajbhandari et al. 2020, arXiv 1910.02054, section 3).
 
-    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too, stage 3 also parameters (those of
-    the layer at work are whole; they are not counted here). Routed experts are first divided by expert parallelism,
+    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too, stage 3 parameters too (those
+    of the layer at work are whole; they are not counted here). Routed experts are first divided by expert parallelism,
     then their state over the ranks that hold the same share. Buckets and the alignment of shards are not counted.
     """
     low = 2 if engine.precision == "bf16" else 4

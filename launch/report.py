@@ -58,16 +58,25 @@ def write_report(run_dir: Path) -> Path:
 
 def page(run: RunRecord, sections: Sequence[Section]) -> str:
     """The whole page, plotly's script included."""
+    return html_page(
+        run.name,
+        f"As of step {run.rows[-1]['step']}.",
+        sections,
+        otherwise="This run has recorded nothing that a section shows.",
+    )
+
+
+def html_page(name: str, lead: str, sections: Sequence[Section], *, otherwise: str = "") -> str:
+    """A page of sections under a name and a line of text; `otherwise` stands where there is none."""
     from plotly.offline import get_plotlyjs
 
-    title = html.escape(run.name)
-    last = run.rows[-1]["step"]
+    title = html.escape(name)
     links = "".join(f'<a href="#s{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections))
     body = "".join(_section(i, section) for i, section in enumerate(sections))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<script>{get_plotlyjs()}</script></head>\n<body><h1>{title}</h1><p>As of step {last}.</p>"
-        f"<nav>{links}</nav>{body or '<p>This run has recorded nothing that a section shows.</p>'}</body></html>\n"
+        f"<script>{get_plotlyjs()}</script></head>\n<body><h1>{title}</h1><p>{html.escape(lead)}</p>"
+        f"<nav>{links}</nav>{body or f'<p>{html.escape(otherwise)}</p>'}</body></html>\n"
     )
 
 

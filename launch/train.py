@@ -30,6 +30,7 @@ from trainer import ranks
 from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
+from trainer.data.order import ORDER
 from trainer.engine import Engine
 from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import HookList, RunContext, StopReason
@@ -42,7 +43,7 @@ from trainer.telemetry import StepTelemetry
 log = logging.getLogger("evenkeel")
 
 # A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
-# cut, cadence) may change between two starts of a run; the change is logged.
+# cut, cadence, the mixture of the data ahead) may change between two starts of a run; the change is logged.
 _IDENTITY = (
     "model.",
     "seed",
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
     run_dir = Path(config.folder)
     if config.init_from and is_fresh(run_dir):
         check_initial_weights(config, corpus)
+    if not build_hooks(config.hooks).sets_sampling and not (run_dir / "checkpoints").exists():
+        _require_samples(config, corpus)  # again below, where a checkpoint may know better
     start_process_group(config.engine.collective_timeout_s)
     with RunFolder(run_dir, config):
         reason = train(config, corpus, run_dir)
@@ -83,6 +86,9 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
 
     store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
     state = store.load_newest(engine, hooks) or TrainState()
+    if state.plan:
+        corpus.plan.restore(state.plan, state.samples)
+    _require_samples(config, corpus)
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
@@ -112,6 +118,10 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
     return reason
 
 
+def _require_samples(config: RunConfig, corpus: TokenCorpus) -> None:
+    corpus.plan.require(config.train.steps * config.train.global_batch_size)
+
+
 def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine, HookList, RunContext]:
     """Model and optimizer under the engine, and the hooks, started on them."""
     device = ranks.device()
@@ -133,6 +143,8 @@ def build(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> tuple[Engine
         clip_norm=config.optimizer.clip_norm,
     )
     hooks = build_hooks(config.hooks)
+    if hooks.sets_sampling:
+        corpus.sample_online(global_batch_size=config.train.global_batch_size, delay=config.data.sampling_delay)
     run = RunContext(
         model=engine.module,
         total_steps=config.train.steps,
@@ -169,6 +181,7 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
         rank=ranks.rank(),
         world_size=ranks.world_size(),
         num_workers=config.data.num_workers,
+        prefetch_steps=config.data.prefetch_steps,
         pin_memory=ranks.device().type == "cuda",
     )
 
@@ -179,7 +192,7 @@ def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
     return identity | {
         "data.fingerprint": corpus.fingerprint,
         "data.packing": config.data.packing,
-        "data.weights": dict(config.data.weights),
+        "data.order": ORDER,
     }
 
 

@@ -1,5 +1,7 @@
 """Weights of whole domains as a hook: fixed ones, or moved during the run by the excess over reference losses.
 
+They act on the loss, or, with `target: sampling`, on how often each domain is drawn.
+
 With `rule: doremi` this is the online form of DoReMi (arXiv 2305.10429) that needs no second model in the loop: a
 domain's excess is its mean training loss over that of a reference run, as in Sheared LLaMA (arXiv 2310.06694, Algorithm
 1). The form with a proxy model, and DoGE, which needs a gradient for each domain: `python -m launch.domain_weights`.
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from reweighting.domains import domain_factors, domain_means, doremi_update
 from trainer.errors import ConfigError
-from trainer.hooks import Hook, RunContext, State, StateValue, StepContext, StepResult
+from trainer.hooks import Hook, PhaseContext, RunContext, State, StateValue, StepContext, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class DomainReweightConfig:
 
     rule: Literal["static", "doremi"] = "static"
     """`static` keeps the weights; `doremi` moves them by excess losses."""
+    target: Literal["loss", "sampling"] = "loss"
+    """What the weights are: each domain's share of the objective, whatever is sampled, or of the samples themselves."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each domain, fixed or at the start; divided by their sum. Empty: the same for all."""
     reference_run: str = ""
@@ -50,6 +54,8 @@ class DomainReweightConfig:
         ]
         if self.rule == "static" and not self.weights:
             found.append("weights: rule static needs the weight of each domain")
+        if self.rule == "static" and self.target == "sampling":
+            found.append("target: fixed weights of the sampling are data.weights; use them, or rule doremi")
         if self.rule == "doremi" and bool(self.reference_run) == bool(self.reference_losses):
             found.append("reference_run: rule doremi needs either this or reference_losses")
         default = DomainReweightConfig()
@@ -66,13 +72,14 @@ class DomainReweightConfig:
 
 
 class DomainReweightHook(Hook):
-    """Owns the factors on the weights of each domain's samples."""
+    """Owns the factors on the weights of each domain's samples, or the mixture that samples are drawn from."""
 
     Config = DomainReweightConfig
-    owns = frozenset({"domain_factors"})
 
     def __init__(self, config: DomainReweightConfig) -> None:
         self._config = config
+        self.owns = frozenset({"sampling" if config.target == "sampling" else "domain_factors"})
+        self._has_moved = True  # the sampling begins with our weights, not with data.weights
         self._names: tuple[str, ...] = ()
         self._alpha_D = torch.empty(0)
         self._shares_D = torch.empty(0)
@@ -106,6 +113,15 @@ class DomainReweightHook(Hook):
         self._excess_D = torch.zeros_like(alpha_D)
         self._sums_2D = torch.zeros(2, len(alpha_D), dtype=torch.float64, device=run.device)
 
+    def on_phase(self, phase: PhaseContext) -> None:
+        """Factors are relative to how often a domain is drawn now."""
+        self._shares_D = torch.tensor(phase.domain_shares, dtype=torch.float64, device=self._shares_D.device)
+
+    def sampling_weights(self) -> Tensor | None:
+        """alpha, if it has moved."""
+        has_moved, self._has_moved = self._has_moved, False
+        return self._alpha_D if has_moved else None
+
     def domain_factors(self) -> Tensor:
         """alpha_d over the share of samples that come from domain d, [D]."""
         return domain_factors(self._alpha_D, self._shares_D)
@@ -133,6 +149,7 @@ class DomainReweightHook(Hook):
         )
         self._sums_2D = torch.zeros_like(self._sums_2D)
         self._since_update = 0
+        self._has_moved = True
 
     def state_dict(self) -> State:
         """Weights, reference losses, and what was added up since the last update."""
@@ -159,6 +176,7 @@ class DomainReweightHook(Hook):
             torch.as_tensor(state[key]).to(device) for key in ("alpha", "reference", "excess", "sums")
         )
         self._since_update = int(state["since_update"])
+        self._has_moved = False  # the checkpoint of the data has what was asked for
 
 
 def _evaluated_losses(run_dir: Path, names: tuple[str, ...]) -> dict[str, float]:

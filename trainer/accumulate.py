@@ -263,6 +263,7 @@ class _StepRun:
             own_S=self._own_positions(),
             recorder=self._recorder,
         )
+        self._recorder.record("data/digest", batch.digest)
         finite_B = torch.isfinite(context.losses_B)
         all_finite, any_tokens, stop = torch.stack([finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]).tolist()
         reason = "" if any_tokens else "no sample has a target token"

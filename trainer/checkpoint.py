@@ -25,8 +25,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,15 +33,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import ranks
 from trainer.divergence import refuse_divergence
-from trainer.engine import Engine, expert_group
+from trainer.engine import Engine
 from trainer.errors import CheckpointError, StorageError
 from trainer.hooks import HookList, State
+from trainer.model_weights import load_weights, whole_weights
 from trainer.optimizer_state import INDEX, Spans, fragments_file, read_fragments, write_fragments, write_index
 
 log = logging.getLogger("evenkeel")
@@ -75,7 +74,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything the loop itself carries from step to step. The data cursor is `step`: order is a function of it."""
+    """Everything the loop itself carries from step to step. The data cursor is `step`, into `plan`."""
 
     step: int = 0
     """Steps attempted."""
@@ -86,6 +85,8 @@ class TrainState:
     samples: int = 0
     loss_ema: float | None = None
     skipped_in_a_row: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Mixtures trained on so far (trainer/data/plan.py), as of the checkpoint."""
 
 
 class CheckpointStore:
@@ -99,11 +100,12 @@ class CheckpointStore:
 
     def save(self, engine: Engine, hooks: HookList, state: TrainState) -> Path:
         """Write a checkpoint of this moment; every rank calls it. Returns the published folder."""
-        refuse_divergence(engine.module, hooks, state.step)
+        plan = hashlib.sha256(json.dumps(state.plan).encode()).hexdigest()
+        refuse_divergence(engine.module, {"hook state": hooks.digest(), "the mixture of the data": plan}, state.step)
         target = self._root / f"step-{state.step:08d}"
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
-        weights = whole_weights(engine)
+        weights = whole_weights(engine.module, engine.whole)
         shares = ranks.gather_objects(_write_share(staging, engine, hooks, state, weights))
         failed = [share.problem for share in shares if share.problem]
         _on_main(
@@ -127,7 +129,7 @@ class CheckpointStore:
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
-        load_weights(engine.module, folder / WEIGHTS, whole=partial(engine.whole, write=True))
+        load_weights(engine.module, folder / WEIGHTS, partial(engine.whole, write=True))
         engine.clock = read_fragments(folder, engine.fragments())
         saved = json.loads((folder / "state.json").read_text())
         notes = hooks.load_state_dict(_read_hook_states(folder, saved["hooks"]))
@@ -250,47 +252,24 @@ def _write_share(
     return dataclasses.replace(share, files=files, spans=spans)
 
 
-def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and persistent buffers on the host, tied ones once, cut ones put together.
+def read_train_state(run_dir: Path) -> TrainState | None:
+    """Counters and mixtures of a run's newest complete checkpoint; None if it has none. Reads one small file, alone.
 
-    A collective: every rank calls it.
+    Raises CheckpointError if that file does not have the hash in the manifest.
     """
-    whole = {}
-    for name, tensor in _weights(engine.module).items():
-        group = expert_group(engine.module, name)
-        with engine.whole(tensor) if isinstance(tensor, nn.Parameter) else nullcontext():
-            value = tensor.detach()
-            if group is not None:
-                parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-                dist.all_gather(parts, value.contiguous(), group=group)
-                value = torch.cat(parts)
-            whole[name] = value.to("cpu", copy=True).contiguous()
-    return whole
-
-
-@torch.no_grad()
-def load_weights(
-    model: nn.Module,
-    path: Path,
-    *,
-    whole: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> None:
-    """Read `model.safetensors` into a model of the same shape; of sharded experts, this rank's share.
-
-    `whole`: what makes a parameter whole while it is written (Engine.whole).
-    Raises CheckpointError that names the first tensor that does not fit.
-    """
-    saved, own = safetensors.torch.load_file(path), _weights(model)
-    for name in sorted(saved.keys() | own.keys()):
-        tensor, target = saved.get(name), own.get(name)
-        group = None if target is None else expert_group(model, name)
-        if tensor is not None and group is not None:
-            tensor = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-        shape = None if target is None else getattr(target, "ds_shape", target.shape)
-        if tensor is None or target is None or tensor.shape != shape:
-            raise CheckpointError(f"{path}: {name} does not fit the model; it was saved by a model of another shape")
-        with whole(target) if isinstance(target, nn.Parameter) else nullcontext():
-            target.detach().copy_(tensor)
+    folders = sorted((path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+    if not folders:
+        return None
+    path = folders[0] / "state.json"
+    try:
+        expected = json.loads((folders[0] / MANIFEST).read_text())["files"][path.name]["sha256"]
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() == expected:
+            return TrainState(**json.loads(text)["trainer"])
+        problem = "does not have the hash in the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+    raise CheckpointError(f"{path}: {problem}; restore it, or remove the folder to use the checkpoint before")
 
 
 def newest_intact(root: Path) -> Path | None:
@@ -310,13 +289,6 @@ def newest_intact(root: Path) -> Path | None:
     if rejected:
         raise CheckpointError(f"no intact checkpoint: {'; '.join(rejected)}. Restore one, or train in a new run_dir")
     return None
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    # named_parameters lists a tied tensor once; state_dict knows which buffers are meant to be kept.
-    kept = model.state_dict().keys()
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name in kept}
 
 
 def _on_main(action: Callable[[], None]) -> None:

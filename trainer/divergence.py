@@ -4,26 +4,29 @@ Replicas of a tensor must be equal bit for bit: every rank applies the same redu
 or a missing reduction on one rank breaks that, and no loss shows it for a long time.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from trainer import ranks
-from trainer.engine import expert_group
 from trainer.errors import NumericError
-from trainer.hooks import HookList
+from trainer.model_weights import expert_group
 
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def refuse_divergence(model: nn.Module, hooks: HookList, step: int) -> None:
-    """Raise NumericError, on every rank, that names the first tensor or the hook state of which copies differ.
+def refuse_divergence(model: nn.Module, digests: Mapping[str, Any], step: int) -> None:
+    """Raise NumericError, on every rank, that names the first state or tensor of which copies differ.
 
-    Two collectives; every rank calls it.
+    `digests`: of what else must be alike, by what it is. Two collectives; every rank calls it.
     """
-    digests = ranks.gather_objects(hooks.digest())
-    odd = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-    if odd is not None:
-        raise NumericError(f"step {step}: hook state on rank {odd} differs from rank 0; nothing was saved")
+    held = ranks.gather_objects(dict(digests))
+    for what, expected in held[0].items():
+        odd = [rank for rank, each in enumerate(held) if each[what] != expected]
+        if odd:
+            raise NumericError(f"step {step}: {what} on rank {odd[0]} differs from rank 0; nothing was saved")
     names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # What ZeRO 3 has cut has no copies to compare.
     kept = [n for n in model.state_dict(keep_vars=True) if n in names and not hasattr(names[n], "ds_id")]

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer import ranks
+from trainer.model_weights import expert_group
 from trainer.optimizer_state import Fragment
 
 _MARKER = "expert_groups"
@@ -356,14 +357,6 @@ class Engine:
             for parameter, master in (self._whole_masters() or {}).items():
                 master.detach().copy_(parameter.detach())
             self.clock = 0.0
-
-
-def expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
-    """The ranks over which a parameter is sharded along its first dimension, or None: its module says so by `group`."""
-    module_name, _, parameter_name = name.rpartition(".")
-    owner = model.get_submodule(module_name)
-    parameter = owner._parameters.get(parameter_name)
-    return None if parameter is None or getattr(parameter, "allreduce", True) else getattr(owner, "group", None)
 
 
 def _adam_state(adam: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:

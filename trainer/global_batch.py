@@ -22,6 +22,7 @@ class GlobalBatch(NamedTuple):
     domains_B: Tensor
     tokens_B: Tensor
     stop: Tensor  # bool scalar: some rank was asked to stop
+    digest: Tensor  # int64 scalar: sum of 32 bits of every row's (sample, domain, row)
     values: dict[str, Tensor]  # float64 [B] each
 
 
@@ -41,16 +42,18 @@ def gather_step(
     domains_S = torch.cat([split.spread(batch.domains_b) for batch, split in zip(batches, splits, strict=True)])
     per_row = splits[0].samples_per_row
     parts_S = torch.arange(per_row, device=ids_S.device).repeat(len(ids_S) // per_row)
-    columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, stop)]
+    digests_S = torch.cat([split.spread(batch.digests_b) for batch, split in zip(batches, splits, strict=True)])
+    columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, stop), digests_S]
     columns += [torch.cat(list(parts)).detach() for parts in values.values()]
     rows_BC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1)).flatten(0, 1)
     rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
-    ids_B, parts_B, domains_B, tokens_B, stop_B, *rest = rows_BC.unbind(dim=1)
+    ids_B, parts_B, domains_B, tokens_B, stop_B, digests_B, *rest = rows_BC.unbind(dim=1)
     return GlobalBatch(
         ids_B.long(),
         parts_B.long(),
         domains_B.long(),
         tokens_B.long(),
         stop_B.any(),
+        torch.where(parts_B == 0, digests_B, 0).long().sum(),
         dict(zip(values, rest, strict=True)),
     )

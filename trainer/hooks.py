@@ -3,7 +3,9 @@
 The loop, with every event in place:
 
     on_start(run)
+    sampling_weights()                             the mixture to begin with, if a hook owns the sampling
     for each optimizer step:
+        on_phase(phase)                            only if the mixture of the data changes with this step
         domain_factors(), frozen_weights()         what is fixed before the step, if anything
         for each micro-batch: fetch, forward -> token losses -> token_weights(losses) -> sample losses
         on_losses(step)            all B sample losses of this step; the owner of "weights" may set them
@@ -11,6 +13,7 @@ The loop, with every event in place:
         before_step(step)
         result = engine.step()     applied or skipped, decided alike on every rank
         after_step(step, result)   the owner of "expert_bias" moves it here, only when result.applied
+        sampling_weights()         a new mixture, which acts data.sampling_delay steps from now
         every n steps: on_evaluate_domain(domain) after each held-out domain, on_evaluate(evaluation), checkpoint,
                        metrics
     on_stop(reason)                always called; no collectives when the reason is an error
@@ -20,8 +23,8 @@ Decisions:
   sample id, identical on every rank. A rule that is a pure function of it cannot depend on how the batch
   was cut, and a hook needs no collective to see the whole batch.
 - A hook never sees the engine, the optimizer or the loader.
-- Each writable slot ("weights", "token_weights", "domain_factors", "expert_bias", or a user's own name) has at most one
-  owner per run.
+- Each writable slot ("weights", "token_weights", "domain_factors", "sampling", "expert_bias", or a user's own name) has
+  at most one owner per run.
 - A sample is a row of tokens, unless the owner of the weights weighs documents: then every row counts as
   `samples_per_row` samples, of which those beyond its documents have no target tokens.
 - Schedules count `applied_steps`, so that a skipped step leaves no trace.
@@ -71,7 +74,7 @@ class RunContext:
     global_batch_size: int
     domain_names: tuple[str, ...]
     domain_shares: tuple[float, ...]
-    """Share of the training rows that each domain provides; they sum to one."""
+    """Share of the samples that each domain provides to begin with; they sum to one. `on_phase` tells later ones."""
     run_dir: Path
     device: torch.device
     seed: int
@@ -83,6 +86,17 @@ class RunContext:
     """Whether steps run with weights that are fixed before them (train.accumulation=frozen)."""
     excerpts: Callable[[Sequence[tuple[int, int | None]]], list[str]]
     """Beginnings of the texts of samples (row number, which document of it or None). Reads files: not for each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseContext:
+    """A mixture of domains that the coming step is drawn from."""
+
+    number: int
+    """From 0, counted over the whole run."""
+    first_sample: int
+    domain_shares: tuple[float, ...]
+    """Share of the phase's samples that each domain provides; they sum to one."""
 
 
 @dataclass(kw_only=True)
@@ -174,6 +188,20 @@ class Hook:
 
     def on_start(self, run: RunContext) -> None:
         """The model is built and nothing has run yet. Raise ConfigError here if the hook cannot do its work."""
+
+    def on_phase(self, phase: PhaseContext) -> None:
+        """The coming step is drawn from this mixture. Called before the first step, after a resume too, and at changes.
+
+        A step in which a phase begins counts to it.
+        """
+
+    def sampling_weights(self) -> Tensor | None:
+        """The mixture wanted from now on, a weight of each domain [D], or None to keep it. For the owner of "sampling".
+
+        Asked before the first step of a run, where it acts at once, and after every step, where it acts
+        data.sampling_delay steps later: samples before that were read ahead. The same on every rank, as all hook state.
+        """
+        return None
 
     def domain_factors(self) -> Tensor | None:
         """Factor on the weights of each domain's samples in the coming step, [D], or None. For the slot's owner."""
@@ -272,6 +300,17 @@ class HookList:
             return "another hook needs all losses before the backward"
         return owner.frozen_problem
 
+    @property
+    def sets_sampling(self) -> bool:
+        """True if a hook sets the weights that domains are sampled with."""
+        return self._owner("sampling") is not None
+
+    def sampling_weights(self) -> list[float] | None:
+        """What the owner of "sampling" wants from now on, or None if it changes nothing or there is none."""
+        owner = self._owner("sampling")
+        weights_D = None if owner is None else owner.sampling_weights()
+        return None if weights_D is None else weights_D.double().tolist()
+
     def domain_factors(self) -> Tensor | None:
         """What the owner of "domain_factors" has for the coming step, [D], or None."""
         owner = self._owner("domain_factors")
@@ -293,6 +332,10 @@ class HookList:
     def on_start(self, run: RunContext) -> None:
         for hook in self._hooks.values():
             hook.on_start(run)
+
+    def on_phase(self, phase: PhaseContext) -> None:
+        for hook in self._hooks.values():
+            hook.on_phase(phase)
 
     def on_losses(self, step: StepContext) -> None:
         for hook in self._hooks.values():

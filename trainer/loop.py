@@ -7,13 +7,15 @@ Decisions:
   parameter, optimizer moment, learning-rate clock, expert bias or average moves.
 - Schedules run on `applied_steps`, the data and the end of the run on attempted steps.
 - Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved.
+- A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
 """
 
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -25,10 +27,11 @@ from trainer.accumulate import AccumulationMode, Accumulator
 from trainer.checkpoint import CheckpointConfig, CheckpointStore, TrainState
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import MicroBatch, TrainLoader
+from trainer.data.online import OnlinePlan
 from trainer.engine import Engine
 from trainer.errors import NumericError
 from trainer.evaluate import EvaluationConfig, evaluate
-from trainer.hooks import EvaluationContext, HookList, RunContext, StepResult, StopReason
+from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
 from trainer.telemetry import StepTelemetry
 
@@ -147,6 +150,7 @@ class Trainer:
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
         )
+        self._phase = -1  # the one that hooks know
 
     def train(self) -> StopReason:
         """Train from `state` to the last step or to SIGTERM. Every hook's `on_stop` is called, whatever happens."""
@@ -156,20 +160,22 @@ class Trainer:
             self.engine.module.train()
             if self.state.step == 0:
                 self._evaluate()
-            reason = self._steps()
+                self._change_sampling()
+            with closing(self.loader.batches(self.state.step)) as batches:
+                reason = self._steps(batches)
             return reason
         finally:
             restore_signal()
             # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
             self.hooks.on_stop(reason)
 
-    def _steps(self) -> StopReason:
+    def _steps(self, batches: Iterator[list[MicroBatch]]) -> StopReason:
         state, config = self.state, self.config
-        batches = self.loader.batches(state.step)
         while state.step < config.steps:
             self.telemetry.start_step()
             micro_batches = next(batches)
             self.telemetry.data_is_here()
+            self._enter_phase()
 
             stop_requested = self._step(micro_batches)
             last = stop_requested or state.step == config.steps
@@ -214,6 +220,7 @@ class Trainer:
         state.samples += self.config.global_batch_size
         state.applied_steps += result.applied
         state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+        self._change_sampling()
         if not result.applied and ranks.is_main():
             first = state.samples - self.config.global_batch_size
             log.warning(
@@ -229,6 +236,33 @@ class Trainer:
             grad_norm=grad_norm,
         )
         return accumulated.stop_requested
+
+    def _enter_phase(self) -> None:
+        """Tell hooks, log and metrics which mixture the coming step is of."""
+        step = self.state.step
+        phase = self.corpus.plan.phase((step + 1) * self.config.global_batch_size - 1)
+        self.telemetry.buffer.record("data/phase", phase.number)
+        if phase.number == self._phase:
+            return
+        self._phase = phase.number
+        self.hooks.on_phase(PhaseContext(number=phase.number, first_sample=phase.start, domain_shares=phase.shares_D))
+        if ranks.is_main():
+            shares = zip(self.corpus.domain_names, phase.shares_D, strict=True)
+            mixture = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
+            # A hook may change the sampling at every step: the file has them all, the screen need not.
+            level = logging.DEBUG if isinstance(self.corpus.plan, OnlinePlan) else logging.INFO
+            log.log(
+                level, "step %d: data phase %d, from sample %d: %s (%s)",
+                step + 1, phase.number, phase.start, mixture, phase.cause,
+            )  # fmt: skip
+
+    def _change_sampling(self) -> None:
+        """Ask the owner of the sampling for a new mixture."""
+        weights_D = self.hooks.sampling_weights()
+        if weights_D is not None:
+            plan = self.corpus.plan
+            assert isinstance(plan, OnlinePlan), "a run whose hooks set the sampling opens the corpus for it"
+            plan.change(weights_D, steps_done=self.state.step)
 
     def _evaluate(self) -> None:
         heldout = evaluate(
@@ -249,6 +283,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.telemetry.store_totals(self.state)
+        self.state.plan = self.corpus.plan.state_dict(self.state.samples)
         self.store.save(self.engine, self.hooks, self.state)
 
 

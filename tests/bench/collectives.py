@@ -58,7 +58,8 @@ def measure(report: Report) -> None:
         mode="deferred", normalization="tokens", num_micro_batches=2, samples_per_row=1, device=torch.device("cpu"),
     )  # fmt: skip
     tokens = torch.randint(0, VOCAB, (2, 16))
-    batch = MicroBatch(torch.arange(2), torch.zeros(2, dtype=torch.int64), tokens, tokens, torch.zeros_like(tokens))
+    ids = torch.arange(2)
+    batch = MicroBatch(ids, torch.zeros_like(ids), tokens, tokens, torch.zeros_like(tokens), ids)
     with Collectives() as losses_mode:
         accumulator.run([batch, batch], step=1, applied_steps=0, recorder=Records(), stop=False)
     with Collectives() as bias_mode:

@@ -67,4 +67,6 @@ def test_graphs_cannot_wait_at_zero_3(accumulation: str, tmp_path: Path, data_co
     )
     with pytest.raises(ConfigError, match=f"train.accumulation: {accumulation} keeps graphs"):
         load_run_config(config, [f"train.accumulation={accumulation}"])
+    with pytest.raises(ConfigError, match="at 3 it has no expert groups"):
+        load_run_config(config, ["engine.expert_parallel_size=2"], world_size=2)
     assert load_run_config(config).train.mode(needs_whole_step=True, keeps_graphs=False) == "two_pass"

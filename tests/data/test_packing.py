@@ -71,7 +71,7 @@ def opened(config: DataConfig, *, mask: bool, packing: str = "split") -> TokenCo
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_rows_are_made_of_the_documents_they_name(data_config: DataConfig, packing: str) -> None:
     corpus = opened(data_config, mask=True, packing=packing)
-    rows = corpus.train_batch(np.arange(200))
+    rows = corpus.train_batch(np.arange(1000))
     borders = 0
     for tokens_T, labels_T, documents_T, domain in zip(
         rows.tokens_ST.numpy(), rows.labels_ST.numpy(), rows.documents_ST.numpy(), rows.domains_S.tolist(), strict=True

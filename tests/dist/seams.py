@@ -26,8 +26,8 @@ def masked_samples() -> None:
     """Samples 2, 3, 6 and 7 of every eight have no target: with two ranks and micro-batches of 2, all of rank 1's."""
     original = TokenCorpus.train_batch
 
-    def train_batch(self: TokenCorpus, samples_S) -> Rows:  # type: ignore[no-untyped-def]
-        rows = original(self, samples_S)
+    def train_batch(self: TokenCorpus, samples_S, located=None) -> Rows:  # type: ignore[no-untyped-def]
+        rows = original(self, samples_S, located)
         masked_S = torch.from_numpy((samples_S % MASKED_EVERY) % 4 >= 2)
         rows.labels_ST[masked_S] = IGNORED_LABEL
         return rows
@@ -39,8 +39,8 @@ def uneven_samples() -> None:
     """Sample i of a step keeps its first 4 (i + 1) targets: lengths differ, and so do losses of rows and of tokens."""
     original = TokenCorpus.train_batch
 
-    def train_batch(self: TokenCorpus, samples_S) -> Rows:  # type: ignore[no-untyped-def]
-        rows = original(self, samples_S)
+    def train_batch(self: TokenCorpus, samples_S, located=None) -> Rows:  # type: ignore[no-untyped-def]
+        rows = original(self, samples_S, located)
         for row, sample in enumerate(samples_S):
             rows.labels_ST[row, 4 * (sample % MASKED_EVERY + 1) :] = IGNORED_LABEL
         return rows

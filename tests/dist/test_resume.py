@@ -77,7 +77,9 @@ def test_resumed_run_equals_unbroken_run(layout: str, resumed: Path) -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("kill")
-    config = tiny_config(folder, data_config, train={"steps": 60}, checkpoint={"every": 5})
+    # A phase that begins in the midst of a step, a cap on the way, and workers that die with the job.
+    data = {"num_workers": 1, "max_epochs": {"table": 0.01}, "phases": [{"from_sample": 203, "weights": {"code": 1}}]}
+    config = tiny_config(folder, data_config, train={"steps": 60}, checkpoint={"every": 5}, data=data)
     run_trainings([(config, [f"run_dir={folder / 'unbroken'}"])], ranks=2)
     return config, folder / "unbroken"
 

@@ -11,9 +11,9 @@ from configs.schema import RunConfig
 from launch._tensors import file_entry
 from moe.model import MoEDecoder
 from tests.harness import tiny_config
-from trainer.checkpoint import whole_weights
 from trainer.data.config import DataConfig
 from trainer.data.prepare import read_manifest
+from trainer.model_weights import whole_weights
 
 STEP = 12
 ARCHITECTURES: dict[str, dict[str, object]] = {

@@ -22,9 +22,9 @@ from tests.harness import losses, run_trainings
 from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run
 from tests.launch.test_export import close, some_tokens
 from tests.moe.test_parity import randomize
-from trainer.checkpoint import whole_weights
 from trainer.data.config import DataConfig
 from trainer.errors import CheckpointError
+from trainer.model_weights import whole_weights
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from reweighting.domain_hook import DomainReweightConfig, DomainReweightHook
 from reweighting.domains import doremi_update
 from tests.moe.test_bias_hook import APPLIED, SKIPPED, Records
 from trainer.errors import ConfigError
-from trainer.hooks import RunContext, StepContext
+from trainer.hooks import HookList, PhaseContext, RunContext, StepContext
 
 
 def run_of() -> RunContext:
@@ -54,6 +54,32 @@ def test_doremi_moves_by_excess_over_the_steps_since_the_last_update() -> None:
     excess = torch.tensor([(40 + 60 + 40) / 40 - 3.0, 0.0])
     expected = doremi_update(start, excess, eta=0.5, smoothing=0.1)
     torch.testing.assert_close(hook.domain_factors() * torch.tensor([0.75, 0.25]), expected)
+
+
+def test_factors_follow_the_mixture_of_the_phase() -> None:
+    hook = started(weights={"a": 1.0, "b": 1.0})
+    hook.on_phase(PhaseContext(number=1, first_sample=9, domain_shares=(0.25, 0.75)))
+    assert hook.domain_factors().tolist() == pytest.approx([0.5 / 0.25, 0.5 / 0.75])
+
+
+def test_the_same_rule_can_move_the_sampling_instead() -> None:
+    options = {"rule": "doremi", "reference_losses": {"a": 3.0, "b": 3.0}, "eta": 0.5, "smoothing": 0.1, "every": 2}
+    hook, on_loss = started(**options, target="sampling", weights={"a": 3.0, "b": 1.0}), started(**options)
+    assert (hook.owns, on_loss.owns) == ({"sampling"}, {"domain_factors"})
+    HookList({"sampling": hook, "loss": on_loss})  # two slots
+    assert hook.sampling_weights().tolist() == pytest.approx([0.75, 0.25]), "to begin with"
+    assert hook.sampling_weights() is None, "nothing has changed"
+    hook.after_step(step_of([4.0, 2.0], [0, 1], [10, 10]), APPLIED)
+    assert hook.sampling_weights() is None
+    hook.after_step(step_of([4.0, 2.0], [0, 1], [10, 10], 1), APPLIED)
+    start = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    expected = doremi_update(start, torch.tensor([1.0, 0.0]), eta=0.5, smoothing=0.1)
+    torch.testing.assert_close(hook.sampling_weights(), expected)
+    resumed = started(**options, target="sampling")
+    resumed.load_state_dict(hook.state_dict())
+    assert resumed.sampling_weights() is None, "a resumed run has asked for it already"
+    with pytest.raises(ConfigError, match="'sampling' is already owned"):
+        HookList({"first": hook, "second": resumed})
 
 
 def test_a_domain_that_does_not_occur_keeps_its_excess() -> None:
@@ -106,6 +132,7 @@ def test_what_does_not_fit_the_corpus_is_refused(options: dict[str, object], mes
         ({"weights": {"a": 0.0}}, "weights.a: 0.0 must be finite and positive"),
         ({"rule": "doremi"}, "reference_run: rule doremi needs either"),
         ({"rule": "doremi", "reference_run": "x", "reference_losses": {"a": 1.0}}, "reference_run: rule doremi needs"),
+        ({"weights": {"a": 1.0}, "target": "sampling"}, "target: fixed weights of the sampling are data.weights"),
         ({"weights": {"a": 1.0}, "eta": 2.0}, "eta: rule static does not read it"),
         ({"rule": "doremi", "reference_run": "x", "smoothing": 1.0}, "smoothing: 1.0 must be in [0, 1)"),
         ({"rule": "doremi", "reference_run": "x", "every": 0}, "every: 0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""A prepared corpus, opened for training and evaluation.
+"""A prepared corpus, opened for training and evaluation. Which row a sample is, its plan says (trainer/data/plan.py).
 
 A domain's documents lie end to end in one stream of tokens. A row takes T of them as inputs (trainer/data/packing.py
 says which) and, shifted by one, as targets; every token is told which document it is from. With document masks no
@@ -11,18 +11,19 @@ Shape letters: S samples, T sequence, D domains.
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedTokens
-from trainer.data.order import block_quotas, locate
-from trainer.data.packing import Packing, SplitPacking, pack_best_fit
+from trainer.data.online import OnlinePlan
+from trainer.data.order import Integers
+from trainer.data.packing import Packing, Pieces, SplitPacking, pack_best_fit
+from trainer.data.plan import Mixture, SamplePlan
 from trainer.data.prepare import TOKENIZER, Manifest, hash_file, preparation_settings, read_manifest, shard_prefix
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
@@ -50,14 +51,16 @@ class TokenCorpus:
         *,
         sequence_length: int,
         seed: int,
-        weights: Mapping[str, float],
+        mixtures: Sequence[tuple[int, Mapping[str, float], str]],
+        max_epochs: Mapping[str, float],
         packing: Literal["split", "best_fit"],
         mask_documents: bool,
     ) -> None:
+        """`mixtures`: (first sample, weights, key in the configuration) of each phase, the first from 0 on."""
         assert mask_documents or packing == "split"
         self._folder = folder
         self._length = sequence_length
-        self._seed = seed
+        self._seed, self._max_epochs = seed, max_epochs
         self._mask_documents = mask_documents
         self.fingerprint: str = manifest["fingerprint"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
@@ -66,8 +69,11 @@ class TokenCorpus:
         self._heldout = [IndexedTokens(shard_prefix(folder, name, "heldout")) for name in self.domain_names]
         self._train_rows = [_pack(shard, packing, sequence_length, partial=False) for shard in self._train]
         self._heldout_rows = [_pack(shard, packing, sequence_length, partial=True) for shard in self._heldout]
-        self._rows_D = np.array([rows.num_rows for rows in self._train_rows], dtype=np.int64)
-        self._quotas_D = block_quotas(self._blend(weights))
+        self.rows_D = tuple(rows.num_rows for rows in self._train_rows)
+        self._mixtures = [Mixture(start, self._blend(weights, key), key) for start, weights, key in mixtures]
+        self.plan = SamplePlan(
+            self.domain_names, self.rows_D, seed=seed, mixtures=self._mixtures, max_epochs=max_epochs
+        )
 
     @classmethod
     def open(
@@ -77,11 +83,14 @@ class TokenCorpus:
         sequence_length: int,
         seed: int,
         mask_documents: bool,
+        steps: int = 1,
+        global_batch_size: int = 1,
         verify: bool = False,
     ) -> "TokenCorpus":
         """Open what `launch.prepare` wrote. `verify` reads every byte; sizes are always checked.
 
-        `mask_documents`: ask for no target across documents, as `model.document_mask` says.
+        `mask_documents`: ask for no target across documents, as `model.document_mask` says. `steps` of
+        `global_batch_size` samples are the run that `data.phases` are measured by.
 
         Raises ConfigError if the corpus is not prepared or was prepared otherwise, CheckpointError if files changed.
         """
@@ -104,15 +113,50 @@ class TokenCorpus:
             manifest,
             sequence_length=sequence_length,
             seed=seed,
-            weights=config.weights,
+            mixtures=[
+                (0, config.sampling_weights, "data.weights"),
+                *(
+                    (
+                        phase.first_sample(steps=steps, global_batch_size=global_batch_size),
+                        phase.weights,
+                        f"data.phases[{number}]",
+                    )
+                    for number, phase in enumerate(config.phases)
+                ),
+            ],
+            max_epochs=config.epoch_caps,
             packing=config.packing,
             mask_documents=mask_documents,
         )
 
     @property
     def domain_shares(self) -> tuple[float, ...]:
-        """Share of the training rows that each domain provides."""
-        return tuple(float(quota) for quota in self._quotas_D / self._quotas_D.sum())
+        """Share of the first phase's samples that each domain provides."""
+        return self.plan.phase(0).shares_D
+
+    def sample_online(self, *, global_batch_size: int, delay: int) -> OnlinePlan:
+        """Let weights change at step boundaries from now on; returns the plan that takes changes.
+
+        Raises ConfigError with data.phases: two would set the weights.
+        """
+        if len(self._mixtures) > 1:
+            raise ConfigError("data.phases: a hook sets the weights of the sampling; remove the phases or the hook")
+        self.plan = plan = OnlinePlan(
+            self.domain_names,
+            self.rows_D,
+            seed=self._seed,
+            weights_D=self._mixtures[0].weights_D,
+            max_epochs=self._max_epochs,
+            global_batch_size=global_batch_size,
+            delay=delay,
+        )
+        return plan
+
+    def open_plan(self, state: Mapping[str, Any], sample: int) -> None:
+        """Take the plan that a checkpoint before `sample` has, whichever kind it is."""
+        if state["kind"] == OnlinePlan.kind:
+            self.sample_online(global_batch_size=state["global_batch_size"], delay=0)
+        self.plan.restore(state, sample)
 
     @cached_property
     def documents_per_row(self) -> int:
@@ -139,9 +183,9 @@ class TokenCorpus:
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(str(self._folder / TOKENIZER))
 
-    def train_batch(self, samples_S: NDArray[np.int64]) -> Rows:
-        """The training samples with these numbers."""
-        domains_S, rows_S = locate(samples_S, quotas_D=self._quotas_D, rows_D=self._rows_D, seed=self._seed)
+    def train_batch(self, samples_S: Integers, located: tuple[Integers, Integers] | None = None) -> Rows:
+        """The training samples with these numbers. `located`: their domains and rows, if the plan was asked already."""
+        domains_S, rows_S = located or self.plan.locate(samples_S)
         batch = self._empty(domains_S)
         for index, (domain, row) in enumerate(zip(domains_S, rows_S, strict=True)):
             self._fill(batch, index, self._train[domain], self._train_rows[domain], int(row))
@@ -158,7 +202,7 @@ class TokenCorpus:
             self._fill(batch, index, self._heldout[domain], self._heldout_rows[domain], row)
         return batch
 
-    def _empty(self, domains_S: NDArray[np.int64]) -> Rows:
+    def _empty(self, domains_S: Integers) -> Rows:
         shape = (len(domains_S), self._length)
         return Rows(
             torch.zeros(shape, dtype=torch.int64),
@@ -184,27 +228,38 @@ class TokenCorpus:
                 labels_T[begin:end][documents[1:] != documents[:-1]] = IGNORED_LABEL
             begin = end
 
-    def _blend(self, weights: Mapping[str, float]) -> list[float]:
+    def pieces(self, domain: int) -> Pieces:
+        """Which tokens of a domain's training stream are the inputs of each row."""
+        return self._train_rows[domain].pieces()
+
+    def document_starts(self, domain: int) -> Integers:
+        """First token of each training document of a domain, and where the last one ends, int64 [N + 1]."""
+        return np.append(self._train[domain].document_starts(), len(self._train[domain]))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, marks of the tokenizer included."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def _blend(self, weights: Mapping[str, float], key: str) -> tuple[float, ...]:
+        prefix = f"{key}.weights" if key != "data.weights" else key
         unknown = sorted(weights.keys() - set(self.domain_names))
         if unknown:
-            raise ConfigError(
-                f"data.weights.{unknown[0]}: no such domain; the corpus has {', '.join(self.domain_names)}"
-            )
+            raise ConfigError(f"{prefix}.{unknown[0]}: no such domain; the corpus has {', '.join(self.domain_names)}")
         shares = [
             float(weights.get(name, 0.0)) if weights else float(rows)
-            for name, rows in zip(self.domain_names, self._rows_D, strict=True)
+            for name, rows in zip(self.domain_names, self.rows_D, strict=True)
         ]
-        for name, share, rows, tokens in zip(self.domain_names, shares, self._rows_D, self._train, strict=True):
+        for name, share, rows, tokens in zip(self.domain_names, shares, self.rows_D, self._train, strict=True):
             if share > 0 and rows == 0:
                 raise ConfigError(
-                    f"data.weights.{name}: the domain has {len(tokens)} training tokens, less than one sample of "
+                    f"{prefix}.{name}: the domain has {len(tokens)} training tokens, less than one sample of "
                     f"{self._length}; lower train.sequence_length or set its weight to 0"
                 )
         if not any(shares):
             raise ConfigError(
                 f"train.sequence_length: no domain has {self._length + 1} training tokens; shorten it or add text"
             )
-        return shares
+        return tuple(shares)
 
 
 def _pack(shard: IndexedTokens, packing: str, length: int, *, partial: bool) -> Packing:

@@ -105,6 +105,9 @@ _DOMAINS: dict[str, tuple[int, Callable[[], Iterator[str]]]] = {
 }
 """Bytes kept at most, and where they come from."""
 
+MOST_BYTES = sum(cap_bytes for cap_bytes, _ in _DOMAINS.values())
+"""Of the whole corpus."""
+
 
 def _package_folders() -> list[Path]:
     return sorted({Path(sysconfig.get_path("purelib")), *map(Path, site.getsitepackages())})

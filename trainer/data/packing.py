@@ -29,6 +29,14 @@ class Span(NamedTuple):
     stop: int
 
 
+class Pieces(NamedTuple):
+    """All spans of a shard, in the order of the text."""
+
+    starts_P: Integers
+    stops_P: Integers
+    rows_P: Integers
+
+
 class Packing(Protocol):
     """Which tokens of a shard's stream make each row."""
 
@@ -39,6 +47,10 @@ class Packing(Protocol):
 
     def spans(self, row: int) -> list[Span]:
         """Spans of a row, in the order they stand in it."""
+        ...
+
+    def pieces(self) -> Pieces:
+        """Spans of all rows at once."""
         ...
 
     def most_documents(self, starts_N: Integers) -> int:
@@ -62,6 +74,11 @@ class SplitPacking:
     def spans(self, row: int) -> list[Span]:
         return [Span(row * self.length, min((row + 1) * self.length, self.num_tokens - 1))]
 
+    def pieces(self) -> Pieces:
+        rows = np.arange(self.num_rows)
+        starts = rows * self.length
+        return Pieces(starts, np.minimum(starts + self.length, self.num_tokens - 1), rows)
+
     def most_documents(self, starts_N: Integers) -> int:
         # As many as begin in the row, and the one that began before it.
         begins_R = np.unique(np.asarray(starts_N) // self.length, return_counts=True)[1]
@@ -84,6 +101,11 @@ class BestFitPacking:
         chosen = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         pieces = zip(self.starts_P[chosen].tolist(), self.lengths_P[chosen].tolist(), strict=True)
         return [Span(start, start + length) for start, length in pieces]
+
+    def pieces(self) -> Pieces:
+        order = np.argsort(self.starts_P, kind="stable")
+        rows_P = np.repeat(np.arange(self.num_rows), np.diff(self.offsets))
+        return Pieces(self.starts_P[order], (self.starts_P + self.lengths_P)[order], rows_P[order])
 
     def most_documents(self, starts_N: Integers) -> int:
         return int(np.diff(self.offsets).max(initial=1))

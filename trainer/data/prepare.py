@@ -1,239 +1,220 @@
-"""From documents to a prepared corpus: tokenizer, indexed shards for each domain and split, manifest.
+"""From text to a prepared corpus: tokenizer, indexed shards for each domain and split, manifest.
+
+    streams -> pieces -> parts (all workers) -> which are copies -> shards (all workers) -> manifest
+    sources    lines     parts.py               duplicates.py       shards.py               manifest.py
 
 Decisions:
-- Everything is written to a neighbouring temporary folder and renamed at the end; a corpus is whole or absent.
+- The source is cut into parts by its own bytes. A part's file depends on nothing but its text and the settings, so any
+  number of workers, and any kills in between, lead to the same corpus, byte for byte.
+- Everything is written to a neighbouring folder and renamed at the end; a corpus is whole or absent. What a killed or
+  failed preparation had finished is verified and kept by the next one.
 - A document is held out if a hash of its text says so: adding documents never moves another between the splits.
-- A text seen before is dropped and counted, so that no held-out text can be a copy of a training text.
+- A copy of an earlier text, in whatever domain or split, is dropped and counted; the first in source order stays.
 - Preparing again with the same settings does nothing; with others it is refused rather than overwritten.
 """
 
 import fcntl
-import hashlib
-import heapq
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from trainer.data.config import DataConfig
-from trainer.data.indexed import ShardWriter
-from trainer.data.sources import Document, read_documents
-from trainer.data.tokenizer import end_of_document, load_tokenizer, train_bpe
-from trainer.errors import ConfigError, StorageError
+from trainer.data.duplicates import first_places, judge
+from trainer.data.journal import num_finished
+from trainer.data.manifest import (
+    MANIFEST,
+    SOURCES,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    build_manifest,
+    check_still_asked_for,
+    hash_file,
+    preparation_settings,
+    read_manifest,
+    shard_prefix,
+)
+from trainer.data.parts import Part, PartSettings, is_heldout, part_path
+from trainer.data.pool import WorkerPool
+from trainer.data.shards import Segment, ShardTask, token_dtype, write_shard
+from trainer.data.sources import Stream, streams_of
+from trainer.data.tokenizer import end_of_document, load_tokenizer, sample_for_training, train_bpe, vocabulary_size
+from trainer.data.tokenizing import JOURNAL, Status, make_parts, settings_key
+from trainer.errors import CheckpointError, ConfigError, EvenkeelError, StorageError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "heldout")
-_BATCH = 256  # documents handed to the tokenizer's threads at once
-_TRAINING_FIELDS = (
-    "path",
-    "weights",
-    "packing",
-    "num_workers",
-)  # fields of DataConfig that preparing does not depend on
+__all__ = [
+    "TOKENIZER", "Manifest", "Status", "hash_file", "is_heldout", "preparation_settings", "prepare", "read_manifest",
+    "shard_prefix",
+]  # fmt: skip
 
-Manifest = dict[str, Any]
+_MAX_DOMAINS = 1024
+Progress = Callable[[Status], None]
 
 
-def prepare(config: DataConfig, *, progress: Callable[[str], None] = lambda line: None) -> tuple[Manifest, bool]:
+def prepare(config: DataConfig, *, workers: int = 1, progress: Progress = lambda status: None) -> tuple[Manifest, bool]:
     """Prepare the corpus of `config`; returns its manifest, and False if it was there already.
 
     Raises ConfigError for a source that is missing, empty or not text, or a folder that holds another corpus;
-    StorageError if the disk refuses.
+    CheckpointError if the source changes meanwhile or a prepared file is damaged; StorageError if the disk refuses;
+    PeerLostError if a worker is killed.
     """
     target = Path(config.path)
     settings = preparation_settings(config)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target.with_name(f".{target.name}.lock")):
+        with _only_one(target.with_name(f".{target.name}.lock"), progress):
+            staging = target.with_name(f".{target.name}.tmp")
             manifest = read_manifest(target)
             if manifest is not None:
-                _refuse_other_settings(target, manifest, settings)
+                check_still_asked_for(target, manifest, settings)
+                _check_tokenizer(config, target)
+                shutil.rmtree(staging, ignore_errors=True)  # killed between its last two steps
                 return manifest, False
-            staging = target.with_name(f".{target.name}.tmp")
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            try:
-                manifest = _build(config, settings, staging, progress)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
-            if target.exists():  # without a manifest: the remains of something that is not ours to delete
-                shutil.rmtree(staging)
+            if target.exists():  # without a manifest: something that is not ours to delete
                 raise ConfigError(
                     f"data.path: {target} exists and is not a prepared corpus; remove it or choose another"
                 )
-            os.replace(staging, target)
+            with _kept_if_worth_it(staging):
+                manifest = _build(config, settings, staging, workers, progress)
+                os.replace(staging / "corpus", target)
+                _fsync(target.parent)
+            shutil.rmtree(staging)
             return manifest, True
     except OSError as error:
-        raise StorageError(
-            f"{error.filename or target}: {error.strerror}; free space or choose another data.path"
-        ) from error
+        raise _storage_error(error, target) from error
 
 
-def preparation_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings the prepared files depend on."""
-    return {key: value for key, value in asdict(config).items() if key not in _TRAINING_FIELDS}
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a prepared corpus, or None if there is none.
-
-    Raises ConfigError if it is unreadable or of another format.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] == FORMAT:
-            return dict(manifest)
-        problem = f"has format {manifest['format']}, this code reads format {FORMAT}"
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError):
-        problem = "is unreadable"
-    raise ConfigError(f"{folder / MANIFEST} {problem}; prepare the corpus again in another data.path")
-
-
-def is_heldout(text: str, fraction: float) -> bool:
-    """Whether a document is held out: a function of its text alone."""
-    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2**64
-
-
-def shard_prefix(folder: Path, domain: str, split: str) -> Path:
-    """Where the shard of a domain and split lies, without its ending."""
-    return folder / f"{domain}-{split}"
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _build(config: DataConfig, settings: dict[str, Any], staging: Path, progress: Callable[[str], None]) -> Manifest:
-    if config.tokenizer == "bpe":
-        progress("reading documents and training the tokenizer")
-        tokenizer = train_bpe(_sample(read_documents(config), int(config.tokenizer_sample_mb * 1e6)), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
-    end = end_of_document(tokenizer)
-    tokenizer.save(str(staging / TOKENIZER))
-    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-
-    progress("tokenizing")
-    domains, duplicates = _write_shards(config, tokenizer, end, vocab_size, staging)
-    if not any(counts["train"]["documents"] for counts in domains.values()):
-        raise ConfigError(
-            f"data.source: {config.source} has no document to train on; add text, or lower heldout_fraction"
-        )
-    files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(staging.iterdir())}
-    manifest = {
-        "format": FORMAT,
-        "settings": settings,
-        "tokenizer": {"file": TOKENIZER, "vocab_size": vocab_size, "end_of_document": end},
-        "domains": domains,
-        "duplicates_dropped": duplicates,
-        "files": files,
-        "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-        "versions": {name: version(name) for name in ("tokenizers", "datasets", "megatron-core")},
-    }
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+def _build(config: DataConfig, settings: dict[str, Any], staging: Path, workers: int, progress: Progress) -> Manifest:
+    corpus, parts_folder, scratch = staging / "corpus", staging / "parts", staging / "scratch"
+    for folder in (corpus, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    parts_folder.mkdir(exist_ok=True)
+    streams = streams_of(config)
+    tokenizer = _tokenizer(config, settings, streams, staging, progress)
+    vocab_size = vocabulary_size(tokenizer)
+    part_settings = PartSettings(
+        folder=str(parts_folder),
+        tokenizer=str(staging / TOKENIZER),
+        tokenizer_sha256=hash_file(staging / TOKENIZER),
+        end_of_document=end_of_document(tokenizer),
+        token_dtype=token_dtype(vocab_size),
+        heldout_fraction=config.heldout_fraction,
+        skip_bad=config.on_bad_document == "skip",
+    )
+    with WorkerPool(workers) as pool:
+        parts = make_parts(config, settings, streams, part_settings, pool, progress)
+        progress(Status("looking for copies"))
+        verdicts = judge(parts, parts_folder, scratch, near_duplicates=config.filters.near_duplicates)
+        progress(Status("writing shards"))
+        tasks = _shard_tasks(parts, part_settings, verdicts, corpus)
+        shards = list(pool.ordered(write_shard, tasks))
+    shutil.copy(staging / TOKENIZER, corpus / TOKENIZER)
+    manifest = build_manifest(config, parts, shards, corpus / TOKENIZER, vocab_size, end=part_settings.end_of_document)
+    sizes = {name: size for stream in streams for name, size in stream.files.items()}
+    (corpus / SOURCES).write_text(json.dumps(sizes, indent=1))
+    (corpus / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (corpus / TOKENIZER, corpus / SOURCES, corpus / MANIFEST, corpus):
+        _fsync(path)
     return manifest
 
 
-def _write_shards(
-    config: DataConfig, tokenizer: Tokenizer, end: int, vocab_size: int, staging: Path
-) -> tuple[dict[str, Any], int]:
-    """Tokenize everything into one shard a domain and split; counts by domain, and how many duplicates were dropped."""
-    writers: dict[tuple[str, str], ShardWriter] = {}
-    characters: dict[str, int] = {}
-    seen: set[bytes] = set()
-    num_read = 0
-    for batch in _batches(read_documents(config)):
-        num_read += len(batch)
-        fresh = [document for document in batch if _is_new(document.text, seen)]
-        for document, encoding in zip(fresh, tokenizer.encode_batch_fast([d.text for d in fresh]), strict=True):
-            domain = _checked_domain(document.domain)
-            split = "heldout" if is_heldout(document.text, config.heldout_fraction) else "train"
-            if (domain, "train") not in writers:
-                for each in SPLITS:
-                    writers[domain, each] = ShardWriter(shard_prefix(staging, domain, each), vocab_size)
-            writers[domain, split].add([*encoding.ids, end])
-            characters[domain] = characters.get(domain, 0) + len(document.text.encode())
-    if not num_read:
-        raise ConfigError(f"data.source: {config.source} has no document; give a source with text")
-    for writer in writers.values():
-        writer.close()
-    domains = {
-        domain: {
-            **{s: {"documents": writers[domain, s].documents, "tokens": writers[domain, s].tokens} for s in SPLITS},
-            "bytes": characters[domain],
-        }
-        for domain in sorted(characters)
-    }
-    return domains, num_read - len(seen)
+def _tokenizer(
+    config: DataConfig, settings: dict[str, Any], streams: list[Stream], staging: Path, progress: Progress
+) -> Any:
+    """The tokenizer of the corpus, saved in `staging`; a trained one is taken from there if nothing changed."""
+    path, note = staging / TOKENIZER, staging / "tokenizer.key"
+    identities = [stream.identity for stream in streams]
+    key = settings_key(settings, *identities) if all(identities) else ""
+    if config.tokenizer != "bpe":
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif key and note.exists() and note.read_text() == f"{key} {hash_file(path)}":
+        return load_tokenizer(str(path))
+    else:
+        progress(Status("training the tokenizer"))
+        tokenizer = train_bpe(sample_for_training(config, streams), config.vocab_size)
+    end_of_document(tokenizer)  # before hours of work
+    tokenizer.save(str(path))
+    note.write_text(f"{key} {hash_file(path)}")
+    return tokenizer
 
 
-def _sample(documents: Iterable[Document], budget_bytes: int) -> Iterator[str]:
-    """Documents for the tokenizer: those with the smallest hashes, up to the budget. Independent of their order."""
-    heap: list[tuple[int, str]] = []  # largest hash on top
-    kept = 0
-    for document in documents:
-        heapq.heappush(heap, (-int.from_bytes(_digest(document.text)[:8], "big"), document.text))
-        kept += len(document.text.encode())
-        while kept > budget_bytes and len(heap) > 1:
-            kept -= len(heapq.heappop(heap)[1].encode())
-    yield from (text for _, text in sorted(heap, reverse=True))
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(itertools.islice(iterator, _BATCH)):
-        yield batch
-
-
-def _is_new(text: str, seen: set[bytes]) -> bool:
-    digest = _digest(text)
-    if digest in seen:
-        return False
-    seen.add(digest)
-    return True
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _checked_domain(domain: str) -> str:
-    if not domain or not domain.isprintable() or any(mark in domain for mark in "/\\ "):
-        raise ConfigError(f"data.source: '{domain}' cannot name a domain; use letters, digits, dots, - and _")
-    return domain
-
-
-def _refuse_other_settings(target: Path, manifest: Manifest, settings: dict[str, Any]) -> None:
-    changed = [
-        f"{key}: {manifest['settings'].get(key)} -> {value}"
-        for key, value in settings.items()
-        if manifest["settings"].get(key) != value
-    ]
-    if changed:
+def _shard_tasks(parts: list[Part], settings: PartSettings, verdicts: Path, corpus: Path) -> list[ShardTask]:
+    domains = sorted({run.domain for part in parts for run in part.runs})
+    if len(domains) > _MAX_DOMAINS:
         raise ConfigError(
-            f"data.path: {target} was prepared with other settings ({'; '.join(changed)}); "
-            "choose another path or remove it"
+            f"data.domain_field: names {len(domains)} domains ({', '.join(domains[:3])}, ...), more than "
+            f"{_MAX_DOMAINS}; choose another column"
         )
+    segments: dict[tuple[str, str], list[Segment]] = {(d, split): [] for d in domains for split in SPLITS}
+    for part, first_place in zip(parts, first_places(parts), strict=False):
+        documents = tokens = 0
+        path = str(part_path(settings.folder, part.stream, part.number))
+        for run in part.runs:
+            ends = documents + run.documents, tokens + run.tokens
+            segments[run.domain, run.split].append(Segment(path, first_place, (documents, ends[0]), (tokens, ends[1])))
+            documents, tokens = ends
+    return [
+        ShardTask(
+            domain, split, str(shard_prefix(corpus, domain, split)), settings.token_dtype, str(verdicts), tuple(found)
+        )
+        for (domain, split), found in segments.items()
+    ]
+
+
+def _check_tokenizer(config: DataConfig, target: Path) -> None:
+    """A tokenizer that lies in a file must still be the one of the shards."""
+    if config.tokenizer != "bpe" and Path(config.tokenizer).exists():
+        given = load_tokenizer(config.tokenizer)
+        prepared = load_tokenizer(str(target / TOKENIZER))
+        if given.to_str() != prepared.to_str():
+            raise CheckpointError(
+                f"data.tokenizer: {config.tokenizer} (vocabulary {vocabulary_size(given)}) is not the tokenizer that "
+                f"{target} was prepared with (vocabulary {vocabulary_size(prepared)}); prepare in another data.path"
+            )
 
 
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Let one process on this machine prepare at a time; others wait and then find the work done."""
+def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
+    """Let one process prepare a folder at a time; others wait and then find the work done."""
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress(Status(f"waiting for the preparation that holds {lock}"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _kept_if_worth_it(staging: Path) -> Iterator[None]:
+    """After an error, leave finished parts for the next start and say so; leave nothing else."""
+    try:
+        staging.mkdir(exist_ok=True)
+        yield
+    except Exception as error:
+        kept = num_finished(staging / "parts" / JOURNAL)
+        if not kept:
+            shutil.rmtree(staging, ignore_errors=True)
+        elif isinstance(error, EvenkeelError | OSError):
+            known = _storage_error(error, staging) if isinstance(error, OSError) else error
+            raise type(known)(f"{known} ({kept} finished parts are kept in {staging} for the next start)") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(error: OSError, target: Path) -> StorageError:
+    where, what = error.filename or target, error.strerror or error
+    return StorageError(f"{where}: {what}; free space or choose another data.path")

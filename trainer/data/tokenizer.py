@@ -4,14 +4,22 @@ Whatever it was, it is saved as one `tokenizer.json` beside the tokens, with the
 the manifest, so that training and export need neither the network nor the original.
 """
 
-from collections.abc import Iterable
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from trainer.data.config import DataConfig
+from trainer.data.documents import BadDocument, Document, parse
+from trainer.data.parts import text_digest
+from trainer.data.sources import Stream, bad_document
 from trainer.errors import ConfigError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+_READ_FOR_SAMPLE = 64
+"""How many times the sample is read at most to choose it from: not ten terabytes for eight megabytes."""
 _KNOWN_ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
@@ -28,6 +36,43 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def sample_for_training(config: DataConfig, streams: list[Stream]) -> Iterator[str]:
+    """Documents for the tokenizer: those with the smallest hashes, up to data.tokenizer_sample_mb.
+
+    They are chosen from all text, or, of a source much larger, from the beginnings of its streams. Raises ConfigError
+    for a bad document on the way.
+    """
+    budget_bytes = int(config.tokenizer_sample_mb * 1e6)
+    stream_bytes = max(_READ_FOR_SAMPLE * budget_bytes // max(len(streams), 1), 1)
+    heap: list[tuple[int, str]] = []  # largest hash on top
+    kept = 0
+    for document in itertools.chain.from_iterable(_beginning(config, each, stream_bytes) for each in streams):
+        heapq.heappush(heap, (-int.from_bytes(text_digest(document.text)[:8], "big"), document.text))
+        kept += len(document.text.encode())
+        while kept > budget_bytes and len(heap) > 1:
+            kept -= len(heapq.heappop(heap)[1].encode())
+    yield from (text for _, text in sorted(heap, reverse=True))
+
+
+def _beginning(config: DataConfig, stream: Stream, num_bytes: int) -> Iterator[Document]:
+    filters = config.filters_of(stream.domain)
+    for piece in stream.pieces():
+        for found in parse(piece):
+            if isinstance(found, BadDocument):
+                if config.on_bad_document == "stop":
+                    raise bad_document(found)
+            elif filters.length_problem(len(found.text), "characters") == "":
+                yield found
+        num_bytes -= len(piece.payload)
+        if num_bytes <= 0:
+            return
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows an embedding needs: ids of added tokens may lie beyond the count of tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def load_tokenizer(name: str) -> Tokenizer:

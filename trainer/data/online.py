@@ -1,0 +1,151 @@
+"""A plan whose weights a hook may change at step boundaries.
+
+Decisions:
+- A change asked for after step t acts from step t + 1 + delay on, with a fixed delay. Requests are made in the training
+  process and never reach further ahead, so neither workers nor the depth of prefetching can change what a step sees.
+- Every step is a phase with whole samples of each domain. What rounding withholds from a domain in one step is its
+  credit in the next: at no moment is a domain more than a few samples away from what its weights asked for.
+- A domain at its cap has no weight any more.
+
+Shape letters: D domains.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.order import ORDER, Integers, Phase
+from trainer.data.plan import VERSION, Mixture, PhaseRecord, SamplePlan
+from trainer.errors import ConfigError
+
+_NO_CAP = 2**62
+_LAST = -1e18  # what a domain without weight is asked for: it comes after all others
+Floats = NDArray[np.float64]
+
+
+class OnlinePlan(SamplePlan):
+    """Phases of one step each, of weights that change while the run goes on."""
+
+    kind = "online"
+
+    def __init__(
+        self,
+        domain_names: Sequence[str],
+        rows_D: Sequence[int],
+        *,
+        seed: int,
+        weights_D: Sequence[float],
+        max_epochs: Mapping[str, float],
+        global_batch_size: int,
+        delay: int,
+    ) -> None:
+        """`weights_D`: until the first change; `delay`: see `change`."""
+        self._size, self._delay = global_batch_size, delay
+        self._changes: list[tuple[int, tuple[float, ...]]] = [(0, tuple(weights_D))]
+        super().__init__(
+            domain_names,
+            rows_D,
+            seed=seed,
+            mixtures=[Mixture(0, tuple(weights_D), "data.weights")],
+            max_epochs=max_epochs,
+        )
+
+    def change(self, weights_D: Sequence[float], *, steps_done: int) -> int:
+        """Weights that act `delay` steps from now, or at once before the first step. Returns the steps before they act.
+
+        Raises ConfigError if they are no mixture of domains that have rows.
+        """
+        weights = np.asarray(weights_D, dtype=np.float64)
+        has_rows_D = np.array(self.rows_D) > 0
+        if weights.shape != has_rows_D.shape or not np.isfinite(weights).all() or (weights < 0).any():
+            raise ConfigError(
+                f"hooks: sampling weights {weights.tolist()} must be {len(has_rows_D)} finite numbers, none negative"
+            )
+        weights = np.where(has_rows_D, weights, 0.0)
+        if not weights.any():
+            raise ConfigError("hooks: sampling weights give every domain that has text no weight")
+        # A run that goes on with a shorter delay has changes that are still to act: none overtakes another.
+        step = max(steps_done + self._delay, self._changes[-1][0]) if steps_done else 0
+        assert step == 0 or step >= len(self._phases), "samples of that step were handed out already"
+        changed = (step, tuple((weights / weights.sum()).tolist()))
+        if self._changes[-1][0] == step:
+            self._changes.pop()
+        self._changes.append(changed)
+        if step == 0:
+            self._begin()
+        return step
+
+    def phase(self, sample: int) -> PhaseRecord:
+        """The change in force at a sample, as a phase."""
+        return self._change(self._change_at(sample // self._size))
+
+    def phases(self, stop: int) -> list[PhaseRecord]:
+        """Changes that act on samples before `stop`, in their order."""
+        return [self._change(n) for n, (step, _) in enumerate(self._changes) if step * self._size < stop]
+
+    def state_dict(self, sample: int) -> dict[str, Any]:
+        """What a checkpoint before `sample` must hold; changes that are still to act are among it."""
+        changes = [[step, list(weights_D)] for step, weights_D in self._changes]
+        state = {"version": VERSION, "order": ORDER, "kind": self.kind}
+        return state | {"global_batch_size": self._size, "caps": list(self.caps_D), "changes": changes}
+
+    def restore(self, state: Mapping[str, Any], sample: int) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises ConfigError if other caps or the other kind of sampling made it, CheckpointError if another version did.
+        """
+        self._refuse_other(state)
+        if tuple(state["caps"]) != self.caps_D:
+            raise ConfigError("data.max_epochs: cannot change in a run whose sampling a hook sets; restore it")
+        self._changes = [(step, tuple(weights_D)) for step, weights_D in state["changes"]]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._phases, self._credit_D = [], np.zeros(len(self.rows_D))
+        self._given_D = np.zeros(len(self.rows_D), dtype=np.int64)
+        most_D = [_NO_CAP if cap is None else cap for cap in self.caps_D]
+        self._most_D = np.where(np.array(self.rows_D) > 0, most_D, 0)
+        if self._most_D.max() < _NO_CAP:  # shares go to others, so only the sum matters
+            self.end = int(self._most_D.sum()) // self._size * self._size
+
+    def _reach(self, sample: int) -> None:
+        self.require(sample + 1)
+        while len(self._phases) * self._size <= sample:
+            _, weights_D = self._changes[self._change_at(len(self._phases))]
+            left_D = self._most_D - self._given_D
+            quotas_D, self._credit_D = step_quotas(np.array(weights_D), self._credit_D, left_D, self._size)
+            start = len(self._phases) * self._size
+            self._phases.append(Phase(start, tuple(quotas_D.tolist()), tuple(self._given_D.tolist())))
+            self._given_D = self._given_D + quotas_D
+
+    def _change_at(self, step: int) -> int:
+        return bisect_right(self._changes, step, key=lambda change: change[0]) - 1
+
+    def _change(self, number: int) -> PhaseRecord:
+        step, weights_D = self._changes[number]
+        total = sum(weights_D)
+        cause = "data.weights" if number == 0 else "a hook set the sampling"
+        return PhaseRecord(number, step * self._size, tuple(weight / total for weight in weights_D), cause)
+
+
+def step_quotas(weights_D: Floats, credit_D: Floats, left_D: Integers, size: int) -> tuple[Integers, Floats]:
+    """Samples of each domain in a step, int64 [D], and the credit it leaves for the next, float64 [D].
+
+    `left_D`: samples a domain may still give; together at least `size`. If those that have weight cannot fill the step,
+    the others do.
+    """
+    open_D = (left_D > 0) & (weights_D > 0)
+    shares_D = np.where(open_D, weights_D, 0.0) / max(weights_D[open_D].sum(), 1e-300)
+    wanted_D = np.where(open_D, credit_D + shares_D * size, _LAST)
+    quotas_D = np.clip(np.where(open_D, np.floor(wanted_D), 0.0), 0, left_D).astype(np.int64)
+    while (missing := size - int(quotas_D.sum())) > 0:
+        behind_D = np.where(quotas_D < left_D, wanted_D - quotas_D, np.nan)
+        quotas_D[np.nanargmax(behind_D)] += 1
+    while missing < 0:
+        behind_D = np.where(quotas_D > 0, wanted_D - quotas_D, np.nan)
+        quotas_D[np.nanargmin(behind_D)] -= 1
+        missing += 1
+    return quotas_D, np.where(open_D, wanted_D - quotas_D, 0.0)
