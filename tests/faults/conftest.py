@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.faultkit import TIMEOUT_S, Reference
+from tests.faults.faultkit import KEEP, TIMEOUT_S, Reference
 from tests.harness import run, tiny_config
 from trainer.data.config import DataConfig
 
@@ -20,7 +20,7 @@ def make_reference(folder: Path, data: DataConfig, *, ranks: int, **sections: ob
             "train": {"steps": STEPS, "micro_batch_size": 4},
             "engine": {"zero_stage": 1 if ranks > 1 else 0, "collective_timeout_s": TIMEOUT_S},
             "model": {"dropout": 0.1},
-            "checkpoint": {"every": EVERY, "keep": 3},
+            "checkpoint": {"every": EVERY, "keep": KEEP},
         } | sections,
     )  # fmt: skip
     done = run("launch.train", str(config), f"run_dir={folder / 'unbroken'}", ranks=ranks)
