@@ -59,6 +59,7 @@ STOPS = {
     "forward": Leg("terminate@0:5:forward"),
     "save": Leg("terminate@1:8:save_write"),
     "evaluate": Leg("terminate@0:12:evaluate"),
+    "while rank 0 still loads": Leg("terminate@0:0:load"),
     "twice": Leg("sleep=1@1:14:forward", twice),
 }
 MISMATCH = "extra collective"
@@ -204,7 +205,7 @@ def test_sigterm_at_any_moment_loses_no_step(
 
 
 @pytest.mark.fault(18, "SIGTERM to one rank or all, at every moment")
-def test_six_stops_change_nothing(stopped: dict[str, Outcome], two_ranks: Reference) -> None:
+def test_seven_stops_change_nothing(stopped: dict[str, Outcome], two_ranks: Reference) -> None:
     assert stopped["end"].code == 0
     assert_same_run(stopped["end"].job.run_dir, two_ranks.run_dir)
     assert not leftovers(stopped["end"].job.run_dir)
