@@ -56,10 +56,10 @@ OTHERS = {
 STOPS = {
     "before step 1": Leg("terminate@1:0:evaluate"),
     "fetch": Leg("terminate@1:3:fetch"),
+    "while rank 0 still loads": Leg("terminate@0:0:load"),
     "forward": Leg("terminate@0:5:forward"),
     "save": Leg("terminate@1:8:save_write"),
     "evaluate": Leg("terminate@0:12:evaluate"),
-    "while rank 0 still loads": Leg("terminate@0:0:load"),
     "twice": Leg("sleep=1@1:14:forward", twice),
 }
 MISMATCH = "extra collective"
