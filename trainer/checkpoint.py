@@ -178,7 +178,7 @@ class CheckpointStore:
                     staging.rmdir()
                     raise StorageError(
                         f"{self._root}: a checkpoint needs {needed / 2**20:.0f} MiB, {free >> 20} MiB are free. "
-                        "earlier checkpoints are intact: free space and start again to resume"
+                        "Earlier checkpoints are intact: free space and start again to resume"
                     )
         except OSError as error:
             raise StorageError(
