@@ -62,7 +62,6 @@ STOPS = {
     "evaluate": Leg("terminate@0:12:evaluate"),
     "twice": Leg("sleep=1@1:14:forward", twice),
 }
-MISMATCH = "extra collective"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_interrupted(struck: dict[str, Outcome], record_property: Record) -> Non
 
 @pytest.mark.fault(16, "one rank calls another collective")
 def test_a_collective_too_many_is_an_error_and_no_hang(struck: dict[str, Outcome], record_property: Record) -> None:
-    outcome = struck[MISMATCH]
+    outcome = struck["extra collective"]
     record_property("detected_in", outcome.detected_in)
     record_property("steps_lost", outcome.lost)
     assert outcome.code != 0
