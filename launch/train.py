@@ -73,13 +73,16 @@ def main(argv: list[str]) -> int:
     # From here on: ranks are ready at different moments, and one that is still loading must not die of what the others
     # only take note of; nor one that already writes its report.
     stop = StopSignal()
-    stop.install()
-    start_process_group(config.engine.collective_timeout_s)
-    with RunFolder(run_dir, config):
-        reason = train(config, corpus, run_dir, stop)
-    stop_process_group()
-    if ranks.is_main():
-        _report(run_dir)
+    restore_signal = stop.install()
+    try:
+        start_process_group(config.engine.collective_timeout_s)
+        with RunFolder(run_dir, config):
+            reason = train(config, corpus, run_dir, stop)
+        stop_process_group()
+        if ranks.is_main():
+            _report(run_dir)
+    finally:
+        restore_signal()
     return PREEMPTED_EXIT_CODE if reason == "preempted" else 0
 
 
