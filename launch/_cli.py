@@ -5,8 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageError
+
+EXIT_CODES = "EVENKEEL_EXIT_CODES"
+"""Variable with the folder in which launch.torchrun wants to find how each rank ended."""
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 # gloo reports a lost peer as a plain RuntimeError; these are the openings of its messages.
@@ -33,8 +37,15 @@ def classify(error: BaseException) -> EvenkeelError | None:
 
 def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run `main` and turn errors into one line on stderr and an exit code; a bug keeps its traceback (exit 1)."""
+    code = _run(main, sys.argv[1:] if argv is None else argv)
+    if EXIT_CODES in os.environ and "RANK" in os.environ:
+        (Path(os.environ[EXIT_CODES]) / os.environ["RANK"]).write_text(str(code))
+    return code
+
+
+def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        return main(argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

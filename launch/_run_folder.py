@@ -32,6 +32,7 @@ class RunFolder:
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         self._run_dir, self._config = run_dir, config
         self._lock: IO[str] | None = None
+        self._changes: list[str] = []
 
     def __enter__(self) -> "RunFolder":
         problem = ranks.broadcast_object(self._open() if ranks.is_main() else None)
@@ -39,6 +40,8 @@ class RunFolder:
             kind, message = problem
             raise {"storage": StorageError, "taken": CheckpointError}[kind](message)
         start_logging(self._run_dir)
+        for line in self._changes:
+            log.warning("config changed since the last start of this run: %s", line.strip())
         return self
 
     def __exit__(
@@ -65,7 +68,7 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
-            self._log_changes()
+            self._changes = self._changed_lines()
             (self._run_dir / "config.yaml").write_text(to_yaml(self._config))
         except OSError as error:
             return (
@@ -74,13 +77,12 @@ class RunFolder:
             )
         return None
 
-    def _log_changes(self) -> None:
+    def _changed_lines(self) -> list[str]:
         previous = self._run_dir / "config.yaml"
         if not previous.exists():
-            return
+            return []
         before, now = previous.read_text().splitlines(), to_yaml(self._config).splitlines()
-        for line in sorted(set(now) - set(before)):
-            log.warning("config changed since the last start of this run: %s", line.strip())
+        return sorted(set(now) - set(before))
 
 
 class RunReport:

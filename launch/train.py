@@ -70,17 +70,24 @@ def main(argv: list[str]) -> int:
         check_initial_weights(config, corpus)
     if not build_hooks(config.hooks).sets_sampling and not (run_dir / "checkpoints").exists():
         _require_samples(config, corpus)  # again below, where a checkpoint may know better
-    start_process_group(config.engine.collective_timeout_s)
-    with RunFolder(run_dir, config):
-        reason = train(config, corpus, run_dir)
-    stop_process_group()
-    if ranks.is_main():
-        _report(run_dir)
+    # From here on: ranks are ready at different moments, and one that is still loading must not die of what the others
+    # only take note of; nor one that already writes its report.
+    stop = StopSignal()
+    restore_signal = stop.install()
+    try:
+        start_process_group(config.engine.collective_timeout_s)
+        with RunFolder(run_dir, config):
+            reason = train(config, corpus, run_dir, stop)
+        stop_process_group()
+        if ranks.is_main():
+            _report(run_dir)
+    finally:
+        restore_signal()
     return PREEMPTED_EXIT_CODE if reason == "preempted" else 0
 
 
-def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
-    """Build every part of the run, restore its newest checkpoint if there is one, and train."""
+def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSignal) -> StopReason:
+    """Build every part of the run, restore its newest checkpoint if there is one, and train until the end or `stop`."""
     engine, hooks, run = build(config, corpus, run_dir)
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
@@ -111,7 +118,7 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path) -> StopReason:
             ),
             write=report.write,
             state=state,
-            stop=StopSignal(),
+            stop=stop,
         ).train()
     if ranks.is_main():
         print_summary(run_dir, corpus.domain_names, reason)

@@ -119,7 +119,12 @@ class CheckpointStore:
         Raises CheckpointError if checkpoints exist but none is intact, or if the intact one is of another run.
         """
         folder = newest_intact(self._root)
-        return None if folder is None else self._load(folder, engine, hooks)
+        if folder is None:
+            return None
+        try:
+            return self._load(folder, engine, hooks)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder}: a file is not what its name says ({error}); restore it") from error
 
     def _load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -173,7 +178,7 @@ class CheckpointStore:
                     staging.rmdir()
                     raise StorageError(
                         f"{self._root}: a checkpoint needs {needed / 2**20:.0f} MiB, {free >> 20} MiB are free. "
-                        "earlier checkpoints are intact: free space and start again to resume"
+                        "Earlier checkpoints are intact: free space and start again to resume"
                     )
         except OSError as error:
             raise StorageError(

@@ -146,6 +146,7 @@ def test_a_folder_that_is_something_else_is_not_overwritten(tmp_path: Path, data
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.fault(23, "shard truncated, missing, flipped, when it is verified")
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
 def test_damaged_shards_are_named(tmp_path: Path, data_config: DataConfig, damage: str) -> None:
     shutil.copytree(data_config.path, tmp_path / "copy")

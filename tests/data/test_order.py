@@ -43,6 +43,7 @@ def test_quotas_are_the_weights_to_one_part_in_a_block(weights: list[float]) -> 
 
 
 @given(seed=seeds, stop=st.integers(1, 3 * BLOCK), rows=st.tuples(*[st.integers(1, 5000)] * 3))
+@pytest.mark.fault(3, "every row once an epoch, from any step on")
 def test_every_block_has_its_quotas_and_every_epoch_every_row_once(
     seed: int, stop: int, rows: tuple[int, int, int]
 ) -> None:

@@ -21,6 +21,7 @@ LEGS = {
 }
 
 
+@pytest.mark.fault(24, "killed, resumed on 4, 2, 1, 4 ranks, other ZeRO and EP")
 def test_four_two_one_four_ranks_with_kills_in_between(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(tmp_path, data_config, train={"steps": STEPS}, checkpoint={"every": EVERY})
     run_trainings([(config, [f"run_dir={tmp_path / 'unbroken'}"])], ranks=1)

@@ -84,6 +84,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) 
     return config, folder / "unbroken"
 
 
+@pytest.mark.fault(2, "all ranks and the launcher killed (-9) at random")
 def test_sigkill_at_a_random_step(unbroken: tuple[Path, Path]) -> None:
     config, expected = unbroken
     run_dir = config.parent / "killed"
@@ -104,6 +105,7 @@ def test_sigkill_at_a_random_step(unbroken: tuple[Path, Path]) -> None:
     assert_same_run(run_dir, expected)
 
 
+@pytest.mark.fault(18, "SIGTERM to a single process")
 def test_sigterm_saves_exits_75_and_loses_no_step(unbroken: tuple[Path, Path]) -> None:
     config, expected = unbroken
     run_dir = config.parent / "preempted"

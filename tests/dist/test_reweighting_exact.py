@@ -204,6 +204,7 @@ def test_gradients_equal_those_of_the_full_batch(base: Path, tmp_path: Path) -> 
             assert error <= 1e-6, (case, error)
 
 
+@pytest.mark.fault(17, "all samples of a rank masked, or of unequal length")
 @pytest.mark.parametrize("seam", ["masked_samples", "uneven_samples"])
 def test_masked_rows_and_unequal_lengths(
     seam: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

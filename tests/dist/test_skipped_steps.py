@@ -58,7 +58,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+def marked(name: str) -> object:
+    fault = (10, "NaN in a loss on one rank") if CASES[name][0] == "loss" else (12, "NaN in a gradient on one rank")
+    return pytest.param(name, marks=pytest.mark.fault(*fault))
+
+
+@pytest.mark.parametrize("name", map(marked, CASES))
 def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
     run_dir = runs / name / "run"
     training = [row for row in rows(run_dir) if "loss" in row]
@@ -83,6 +88,7 @@ def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
     assert not torch.equal(later["embedding.weight"], safetensors.torch.load_file(after / "model.safetensors")["embedding.weight"])
 
 
+@pytest.mark.fault(11, "NaN in step after step")
 def test_many_skipped_steps_end_the_run_with_exit_4(tmp_path: Path, data_config: DataConfig) -> None:
     poison = {"hook": "tests.dist.hooks:Poison", "kind": "loss", "first": 3, "last": 99, "rank": 0}
     config = tiny_config(tmp_path, data_config, train={"max_skipped_in_a_row": 2}, hooks={"poison": poison})

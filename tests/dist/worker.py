@@ -12,6 +12,7 @@ from launch._corpus import open_corpus
 from launch._run_folder import RunFolder
 from launch.train import train
 from trainer import ranks
+from trainer.loop import StopSignal
 from trainer.process_group import start_process_group, stop_process_group
 
 if __name__ == "__main__":
@@ -24,5 +25,5 @@ if __name__ == "__main__":
         config = load_run_config(path, overrides, world_size=ranks.world_size())
         corpus = open_corpus(config)
         with RunFolder(Path(config.folder), config):
-            train(config, corpus, Path(config.folder))
+            train(config, corpus, Path(config.folder), StopSignal())
     stop_process_group()

@@ -13,6 +13,7 @@ from launch._run_folder import RunFolder
 from launch.train import train
 from tests.harness import rows
 from trainer import ranks
+from trainer.loop import StopSignal
 from trainer.process_group import start_process_group, stop_process_group
 
 STEPS = 60
@@ -30,7 +31,7 @@ if __name__ == "__main__":
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
-        train(config, corpus, Path(config.folder))
+        train(config, corpus, Path(config.folder), StopSignal())
     syncs = sum("synchroniz" in str(warning.message) for warning in caught)
     training = [row for row in rows(Path(config.folder)) if "loss" in row][WARMUP:]
 

@@ -92,6 +92,7 @@ BAD_VALUES = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(21, "wrong configuration")
 @pytest.mark.parametrize("override", BAD_VALUES)
 def test_bad_value_is_one_line_and_exit_2(
     override: str, tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
@@ -198,6 +199,7 @@ def test_expert_parallelism_is_checked_for_every_layer(
     assert run_command(dryrun.main, [str(config), "--world-size", "4", layers[0], "model.layer_experts=[0,8,4,0]"]) == 0
 
 
+@pytest.mark.fault(21, "wrong configuration under torchrun")
 def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(tmp_path, data_config)
     done = run("launch.train", str(config), "model.top_k=9", ranks=2)
@@ -206,6 +208,7 @@ def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: D
     assert len(ours) == 1, "two ranks, one line"
 
 
+@pytest.mark.fault(30, "port taken")
 def test_port_taken_is_exit_5_with_the_address(tmp_path: Path, data_config: DataConfig) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -234,6 +237,7 @@ def copy_of(trained: Path, target: Path) -> list[str]:
     return [str(trained / "config.yaml"), f"run_dir={target / 'run'}"]
 
 
+@pytest.mark.fault(22, "another model at resume")
 def test_checkpoint_of_another_model_is_exit_3(trained: Path, tmp_path: Path) -> None:
     done = run("launch.train", *copy_of(trained, tmp_path), "model.num_experts=4")
     assert done.returncode == 3
@@ -241,6 +245,7 @@ def test_checkpoint_of_another_model_is_exit_3(trained: Path, tmp_path: Path) ->
     assert deterministic(tmp_path / "run") == deterministic(trained / "run"), "the metrics of the old run are intact"
 
 
+@pytest.mark.fault(7, "one damaged, then every one")
 def test_damaged_checkpoint_falls_back_and_two_are_exit_3(trained: Path, tmp_path: Path) -> None:
     arguments = copy_of(trained, tmp_path)
     newest, older = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
@@ -265,6 +270,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault(8, "file too large in save (RLIMIT_FSIZE)")
 def test_no_space_left_is_exit_6_and_keeps_the_old_checkpoint(trained: Path, tmp_path: Path) -> None:
     arguments = copy_of(trained, tmp_path)
     before = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -283,6 +289,7 @@ def test_no_space_left_is_exit_6_and_keeps_the_old_checkpoint(trained: Path, tmp
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == before
 
 
+@pytest.mark.fault(23, "corpus truncated")
 def test_changed_corpus_is_exit_3(trained: Path, tmp_path: Path, data_config: DataConfig) -> None:
     corpus = tmp_path / "prepared"
     shutil.copytree(data_config.path, corpus)
@@ -293,6 +300,7 @@ def test_changed_corpus_is_exit_3(trained: Path, tmp_path: Path, data_config: Da
     assert shard.name in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.fault(27, "run folder locked")
 def test_run_folder_in_use_is_exit_3(trained: Path, tmp_path: Path) -> None:
     import fcntl
 
