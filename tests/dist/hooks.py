@@ -1,5 +1,6 @@
 """Hooks that break things on purpose, named in configs by dotted path."""
 
+import time
 from typing import Literal
 
 import torch
@@ -56,6 +57,16 @@ class RankLocalState(Hook):
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         return {"rank": ranks.rank()}
+
+
+class Slow(Hook):
+    """Makes steps long enough to be killed between two of them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def after_step(self, step: StepContext, result: StepResult) -> None:
+        time.sleep(self._seconds)
 
 
 class SilentError(Hook):

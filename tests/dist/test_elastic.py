@@ -12,7 +12,7 @@ from tests.dist.test_resume import newest_weights
 from tests.harness import ROOT, command, environment, losses, rows, run, run_trainings, tiny_config
 from trainer.data.config import DataConfig
 
-STEPS, EVERY = 60, 3
+STEPS, EVERY = 20, 2
 LEGS = {
     "4 ranks, ZeRO 2, EP 2": (4, ["engine.zero_stage=2", "engine.expert_parallel_size=2", "train.micro_batch_size=1"]),
     "2 ranks, ZeRO 3": (2, ["engine.zero_stage=3", "engine.zero_options={stage3_param_persistence_threshold: 0}"]),
@@ -23,7 +23,11 @@ LEGS = {
 
 @pytest.mark.fault(24, "killed, resumed on 4, 2, 1, 4 ranks, other ZeRO and EP")
 def test_four_two_one_four_ranks_with_kills_in_between(tmp_path: Path, data_config: DataConfig) -> None:
-    config = tiny_config(tmp_path, data_config, train={"steps": STEPS}, checkpoint={"every": EVERY})
+    # Twenty steps: this model amplifies rounding, of sums in another order, tenfold in each two or three after that.
+    slow = {"hook": "tests.dist.hooks:Slow", "seconds": 0.15}
+    config = tiny_config(
+        tmp_path, data_config, train={"steps": STEPS}, checkpoint={"every": EVERY}, hooks={"slow": slow}
+    )
     run_trainings([(config, [f"run_dir={tmp_path / 'unbroken'}"])], ranks=1)
 
     run_dir = tmp_path / "elastic"
@@ -46,16 +50,13 @@ def test_four_two_one_four_ranks_with_kills_in_between(tmp_path: Path, data_conf
 
     steps = [row for row in rows(run_dir) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1)), "every sample once"
-    # Sums are ordered otherwise in every layout, and a model amplifies rounding as it trains on.
-    expected_losses = losses(tmp_path / "unbroken")
-    assert losses(run_dir)[:20] == pytest.approx(expected_losses[:20], rel=1e-5)
-    assert losses(run_dir) == pytest.approx(expected_losses, rel=1e-4)
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-5)
     expected, found = newest_weights(tmp_path / "unbroken"), newest_weights(run_dir)
     for name, tensor in expected.items():
         if name.endswith("expert_bias_E"):  # a token whose scores tie may turn one step of one expert up, of one down
             assert ((found[name] - tensor).abs() > 1e-6).sum() <= 2, name
         else:
-            assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+            assert (found[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
 def newest_step(run_dir: Path) -> int:
