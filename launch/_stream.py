@@ -38,10 +38,8 @@ def open_stream(target: str, overrides: Sequence[str]) -> Stream:
     run_dir = path if path.is_dir() else None
     if run_dir is not None and overrides:
         raise ConfigError(f"{overrides[0]}: a run folder has its own configuration; overrides go with a YAML file")
-    # The stream is the same for any number of ranks: one, here, which is no number for experts to lie on.
-    config = load_run_config(
-        path if run_dir is None else run_dir / "config.yaml", [*overrides, "engine.expert_parallel_size=1"]
-    )
+    # The stream is the same for any number of ranks.
+    config = load_run_config(path if run_dir is None else run_dir / "config.yaml", overrides, world_size=None)
     corpus = open_corpus(config)
     state = None if run_dir is None else read_train_state(run_dir)
     if state is not None and state.plan:

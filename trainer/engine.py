@@ -261,13 +261,12 @@ class Engine:
 
         At stage 0 every rank holds everything, above it every element is held once.
         """
-        adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         masters = self._whole_masters()
         for name, parameter in self.module.named_parameters():
             size, offset = self._place_in_model(name, parameter)
             if masters is not None:
                 master = masters[parameter]
-                state = _adam_state(adam, master)
+                state = _adam_state(self._adam, master)
                 values = [tensor.view(-1) for tensor in (master.detach(), state["exp_avg"], state["exp_avg_sq"])]
                 yield Fragment(name, size, offset, *values)
                 continue
@@ -277,8 +276,8 @@ class Engine:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # another rank has it
                 continue
-            flat = adam.param_groups[mapping.param_group_index]["params"][0]
-            state, address = _adam_state(adam, flat), mapping.hp_fragment_address
+            flat = self._adam.param_groups[mapping.param_group_index]["params"][0]
+            state, address = _adam_state(self._adam, flat), mapping.hp_fragment_address
             values = [
                 tensor.narrow(0, address.start, address.numel)
                 for tensor in (flat.detach(), state["exp_avg"], state["exp_avg_sq"])
@@ -290,7 +289,7 @@ class Engine:
         optimizer: Any = self._engine.optimizer
         group, begin, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         flat, size = optimizer.fp32_partitioned_groups_flat[group], parameter.ds_numel  # type: ignore[attr-defined]
-        state = _adam_state(optimizer.optimizer, flat)
+        state = _adam_state(self._adam, flat)
         start = min(length * ranks.rank(), size)
         values = [
             tensor.narrow(0, begin, min(length, size - start))
@@ -327,9 +326,14 @@ class Engine:
         for state in self._adam_states():
             state["step"].fill_(steps)
 
-    def _adam_states(self) -> list[dict[str, Tensor]]:
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed has wrapped, if it has."""
         adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        return [state for state in adam.state.values() if state]
+        return adam
+
+    def _adam_states(self) -> list[dict[str, Tensor]]:
+        return [state for state in self._adam.state.values() if state]
 
     def _whole_masters(self) -> dict[nn.Parameter, Tensor] | None:
         """The tensor Adam steps for each parameter, where that is a whole one; None if the engine has cut them."""
