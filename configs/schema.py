@@ -76,6 +76,13 @@ class RunConfig:
                 f"train.accumulation: {self.train.accumulation} keeps graphs, which DeepSpeed would spoil at "
                 "engine.zero_stage 3; use auto or two_pass"
             )
+        if self.train.spikes.policy == "rewind":
+            reach = (self.checkpoint.keep - 1) * self.checkpoint.every
+            if reach < self.train.spikes.rewind_steps:
+                found.append(
+                    f"train.spikes.rewind_steps: {self.train.spikes.rewind_steps} steps back there may be no "
+                    f"checkpoint left: checkpoint.keep - 1 times checkpoint.every is {reach}; raise one of them"
+                )
         if self.train.accumulation == "frozen" and (self.model.aux_loss.any or self.model.has_mtp):
             found.append(
                 "train.accumulation: frozen scales the whole gradient by the weights' divisor, so it cannot be used "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._corpus import open_corpus
-from trainer.checkpoint import read_train_state
+from trainer.checkpoint_files import read_train_state
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import ConfigError
 

@@ -9,7 +9,7 @@ from configs.schema import RunConfig
 from launch._corpus import open_corpus
 from moe.model import MoEDecoder
 from moe.rules import RULES
-from trainer.checkpoint import WEIGHTS, newest_intact
+from trainer.checkpoint_files import WEIGHTS, newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
 from trainer.model_weights import load_weights

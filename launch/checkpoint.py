@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch._cli import run_command
-from trainer.checkpoint import MANIFEST, problems_of
+from trainer.checkpoint_files import MANIFEST, problems_of
 from trainer.errors import CheckpointError, ConfigError
 
 

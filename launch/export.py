@@ -27,7 +27,7 @@ from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, parse_size, read
 from launch._trained import has_multiplicative_bias
 from moe.hf_config import CLASSES, Architecture, choose_architecture, export_problems, has_selection_bias, to_hf
 from moe.hf_layout import layout
-from trainer.checkpoint import newest_intact
+from trainer.checkpoint_files import newest_intact
 from trainer.data.prepare import TOKENIZER
 from trainer.data.prepare import read_manifest as read_corpus_manifest
 from trainer.errors import CheckpointError, ConfigError

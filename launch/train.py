@@ -27,7 +27,7 @@ from launch._run_folder import RunFolder, RunReport, print_summary
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
 from trainer import ranks
-from trainer.checkpoint import CheckpointStore, TrainState
+from trainer.checkpoint import CheckpointStore
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
 from trainer.data.order import ORDER
@@ -39,6 +39,7 @@ from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
+from trainer.train_state import TrainState
 
 log = logging.getLogger("evenkeel")
 
@@ -91,7 +92,9 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSigna
     engine, hooks, run = build(config, corpus, run_dir)
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
-    store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
+    store = CheckpointStore(
+        run_dir, config.checkpoint, _identity(config, corpus), timeout_s=config.engine.collective_timeout_s
+    )
     state = store.load_newest(engine, hooks) or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)

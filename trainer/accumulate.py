@@ -19,13 +19,13 @@ The objective then also has the mean over all rows of features @ c, with c = mod
 summed over the step). A model whose c depends on the statistics says `needs_whole_step` and is not run in `streaming`.
 
 One all-gather of a few numbers a sample shows every rank the whole batch (two in `streaming`, which must know the token
-counts first). It also carries the stop request, so agreeing to stop costs nothing.
+counts first). It also carries what ranks have to tell each other (to stop, for one), so agreeing costs nothing.
 
 Shape letters: B samples of the step, b rows of a micro-batch, s samples of a micro-batch, M micro-batches, T sequence,
 X features, Y statistics, D domains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from trainer import ranks
 from trainer.data.loader import MicroBatch
 from trainer.engine import Engine
-from trainer.global_batch import GlobalBatch, gather_step
+from trainer.global_batch import GlobalBatch, Signals, gather_step
 from trainer.hooks import FrozenWeights, HookList, Recorder, StepContext
 from trainer.memory import GraphBudget
 from trainer.objective import (
@@ -46,7 +46,12 @@ from trainer.objective import (
     loss_coefficients,
 )
 
+Judge = Callable[[float], tuple[bool, str]]
+"""Told the step's finite mean loss: is it a spike, and why must the step be skipped (empty if it must not)."""
 AccumulationMode = Literal["streaming", "deferred", "two_pass", "auto", "frozen"]
+
+
+_NO_SIGNALS = Signals()
 
 
 class Forwarded(NamedTuple):
@@ -72,7 +77,11 @@ class AccumulatedStep:
     """Factor the gradient still lacks; None if it is complete."""
     skip_reason: str
     """Why there is nothing to apply; empty if there is."""
-    stop_requested: bool
+    loss: float | None
+    """Mean cross-entropy over all target tokens; None if it is not finite."""
+    is_spike: bool
+    signals: Signals
+    """Of all ranks together."""
 
 
 class Accumulator:
@@ -100,10 +109,18 @@ class Accumulator:
         self.budget = GraphBudget(mode if mode in ("deferred", "two_pass") else "auto", num_micro_batches, device)
 
     def run(
-        self, micro_batches: Sequence[MicroBatch], *, step: int, applied_steps: int, recorder: Recorder, stop: bool
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        applied_steps: int,
+        recorder: Recorder,
+        signals: Signals = _NO_SIGNALS,
+        judge: Judge = lambda loss: (False, ""),
     ) -> AccumulatedStep:
-        """Accumulate the gradient of one step; `stop` tells that this rank was asked to end the run."""
-        run = _StepRun(self, [batch.to(self._device) for batch in micro_batches], step, applied_steps, recorder, stop)
+        """Accumulate the gradient of one step; `signals`: what this rank has to tell."""
+        batches = [batch.to(self._device) for batch in micro_batches]
+        run = _StepRun(self, batches, step, applied_steps, recorder, signals, judge)
         if self._mode == "streaming":
             return run.streaming()
         frozen = self._hooks.frozen_weights(applied_steps) if self._mode == "frozen" else None
@@ -120,14 +137,16 @@ class _StepRun:
         step: int,
         applied_steps: int,
         recorder: Recorder,
-        stop: bool,
+        signals: Signals,
+        judge: Judge,
     ) -> None:
         self._engine, self._hooks, self._budget = owner._engine, owner._hooks, owner.budget
         self._normalization, self._device = owner._normalization, owner._device
         self._batches = batches
         self._splits = [SampleSplit.of(batch, owner._samples_per_row) for batch in batches]
         self._tokens = [split.tokens() for split in self._splits]
-        self._step, self._applied_steps, self._recorder, self._stop = step, applied_steps, recorder, stop
+        self._step, self._applied_steps, self._recorder = step, applied_steps, recorder
+        self._signals, self._judge = signals, judge
         self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size()
         self._factors_D = self._hooks.domain_factors()
         self._losses: list[Tensor] = []
@@ -242,7 +261,7 @@ class _StepRun:
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:
             values["token_weights"] = self._token_weights
-        return gather_step(self._batches, self._splits, self._tokens, values, stop=self._stop)
+        return gather_step(self._batches, self._splits, self._tokens, values, signals=self._signals)
 
     def _finish(
         self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None
@@ -265,18 +284,25 @@ class _StepRun:
         )
         self._recorder.record("data/digest", batch.digest)
         finite_B = torch.isfinite(context.losses_B)
-        all_finite, any_tokens, stop = torch.stack([finite_B.all(), (batch.tokens_B > 0).any(), batch.stop]).tolist()
+        num_tokens = batch.tokens_B.sum()
+        mean = (context.losses_B * batch.tokens_B).sum() / num_tokens
+        seen = torch.stack([finite_B.all().double(), num_tokens.double(), batch.signals.double(), mean]).tolist()
+        all_finite, any_tokens, signals = seen[0] == 1, seen[1] > 0, Signals.of(int(seen[2]))
+        loss = seen[3] if all_finite and any_tokens else None
         reason = "" if any_tokens else "no sample has a target token"
+        is_spike = False
         if not all_finite:
             bad = batch.sample_ids_B[~finite_B].tolist()
             shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             reason = f"loss is not finite in sample {shown}"
+        elif loss is not None:
+            is_spike, reason = self._judge(loss)
         if not reason:
             self._hooks.on_losses(context)
         if coefficients_B is None:
             coefficients_B = self._coefficients(batch, context.weights_B)
         context.coefficients_B = coefficients_B
-        return AccumulatedStep(context, coefficients_B, gradient_scale, reason, stop)
+        return AccumulatedStep(context, coefficients_B, gradient_scale, reason, loss, is_spike, signals)
 
     def _coefficients(self, batch: GlobalBatch, weights_B: Tensor | None) -> Tensor:
         return loss_coefficients(batch.tokens_B, weights_B, self._normalization, self._factor_of(batch.domains_B))

@@ -14,6 +14,25 @@ from trainer.data.loader import MicroBatch
 from trainer.objective import SampleSplit
 
 
+class Signals(NamedTuple):
+    """What a rank has to tell all others at a step: every rank hears of it at the same one."""
+
+    stop: bool = False
+    """It was asked to end the run."""
+    save_failed: bool = False
+    """The checkpoint under way could not be written."""
+
+    @property
+    def bits(self) -> int:
+        """All of them in one number."""
+        return sum(value << place for place, value in enumerate(self))
+
+    @classmethod
+    def of(cls, bits: int) -> "Signals":
+        """The signals in a number made by `bits`."""
+        return cls(*(bool(bits >> place & 1) for place in range(len(cls._fields))))
+
+
 class GlobalBatch(NamedTuple):
     """All samples of the step, sorted by row number and by place within the row, the same on every rank."""
 
@@ -21,7 +40,7 @@ class GlobalBatch(NamedTuple):
     parts_B: Tensor
     domains_B: Tensor
     tokens_B: Tensor
-    stop: Tensor  # bool scalar: some rank was asked to stop
+    signals: Tensor  # int64 scalar: bits of the signals of all ranks
     digest: Tensor  # int64 scalar: sum of 32 bits of every row's (sample, domain, row)
     values: dict[str, Tensor]  # float64 [B] each
 
@@ -32,7 +51,7 @@ def gather_step(
     tokens: Sequence[Tensor],
     values: Mapping[str, Sequence[Tensor]],
     *,
-    stop: bool,
+    signals: Signals,
 ) -> GlobalBatch:
     """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
 
@@ -43,17 +62,23 @@ def gather_step(
     per_row = splits[0].samples_per_row
     parts_S = torch.arange(per_row, device=ids_S.device).repeat(len(ids_S) // per_row)
     digests_S = torch.cat([split.spread(batch.digests_b) for batch, split in zip(batches, splits, strict=True)])
-    columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, stop), digests_S]
+    columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, signals.bits), digests_S]
     columns += [torch.cat(list(parts)).detach() for parts in values.values()]
     rows_BC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1)).flatten(0, 1)
     rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
-    ids_B, parts_B, domains_B, tokens_B, stop_B, digests_B, *rest = rows_BC.unbind(dim=1)
+    ids_B, parts_B, domains_B, tokens_B, signals_B, digests_B, *rest = rows_BC.unbind(dim=1)
     return GlobalBatch(
         ids_B.long(),
         parts_B.long(),
         domains_B.long(),
         tokens_B.long(),
-        stop_B.any(),
+        _any_bits(signals_B.long()),
         torch.where(parts_B == 0, digests_B, 0).long().sum(),
         dict(zip(values, rest, strict=True)),
     )
+
+
+def _any_bits(bits_B: Tensor) -> Tensor:
+    """Bitwise or of all, int64 scalar."""
+    places = torch.arange(len(Signals._fields), device=bits_B.device)
+    return ((bits_B.unsqueeze(1) >> places & 1).amax(dim=0) << places).sum()

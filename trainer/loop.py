@@ -6,7 +6,10 @@ Decisions:
 - A skipped step (a loss or gradient that is not finite) consumes its samples and changes nothing else: no
   parameter, optimizer moment, learning-rate clock, expert bias or average moves.
 - Schedules run on `applied_steps`, the data and the end of the run on attempted steps.
-- Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved.
+- Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved. So is the failure of a
+  checkpoint that a thread was writing.
+- Going back after loss spikes turns the steps since a checkpoint into skipped ones: counters of data go on, weights,
+  optimizer and hooks return (trainer/spikes.py).
 - A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
 """
@@ -16,7 +19,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
 
@@ -24,16 +27,19 @@ from torch import Tensor
 
 from trainer import ranks
 from trainer.accumulate import AccumulationMode, Accumulator
-from trainer.checkpoint import CheckpointConfig, CheckpointStore, TrainState
+from trainer.checkpoint import CheckpointConfig, CheckpointStore
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import MicroBatch, TrainLoader
 from trainer.data.online import OnlinePlan
 from trainer.engine import Engine
 from trainer.errors import NumericError
 from trainer.evaluate import EvaluationConfig, evaluate
+from trainer.global_batch import Signals
 from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
+from trainer.spikes import SpikeConfig, SpikeWatch
 from trainer.telemetry import StepTelemetry
+from trainer.train_state import TrainState
 
 log = logging.getLogger("evenkeel")
 
@@ -58,6 +64,8 @@ class TrainConfig:
     hook needs losses); `frozen`: weigh by statistics of earlier steps, without waiting."""
     max_skipped_in_a_row: int = 10
     """Skipped steps in a row that end the run (exit 4)."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """Steps whose loss stands out."""
     write_every: int = 1
     """Steps whose metrics are copied from the device and written together."""
 
@@ -74,7 +82,7 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
-        return found
+        return found + [f"spikes.{line}" for line in self.spikes.problems()]
 
     def mode(self, *, needs_whole_step: bool, keeps_graphs: bool = True) -> AccumulationMode:
         """How this run accumulates, given whether hooks or the model must see the whole step before a backward, and
@@ -150,6 +158,7 @@ class Trainer:
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
         )
+        self._spikes = SpikeWatch(self.config.spikes, self.state)
         self._phase = -1  # the one that hooks know
 
     def train(self) -> StopReason:
@@ -166,6 +175,8 @@ class Trainer:
             return reason
         finally:
             restore_signal()
+            if reason == "error":
+                self.store.leave()
             # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
             self.hooks.on_stop(reason)
 
@@ -177,11 +188,16 @@ class Trainer:
             self.telemetry.data_is_here()
             self._enter_phase()
 
-            stop_requested = self._step(micro_batches)
-            last = stop_requested or state.step == config.steps
+            signals = self._step(micro_batches)
+            last = signals.stop or state.step == config.steps
             if last or state.skipped_in_a_row or state.step % config.write_every == 0:
                 self.write(self.telemetry.flush())
+            if signals.save_failed:
+                self.store.finish()  # raises, on every rank, what went wrong on one
+            if self._spikes.asks_to_rewind:
+                self._rewind()
             if state.skipped_in_a_row >= config.max_skipped_in_a_row:
+                self.store.finish()
                 raise NumericError(
                     f"step {state.step}: {state.skipped_in_a_row} steps in a row were skipped; the last checkpoint is "
                     "intact: lower the learning rate or look at the samples named in log.txt, then start again"
@@ -189,13 +205,13 @@ class Trainer:
             if state.step == config.steps or _due(state.step, self.evaluation.every):
                 self._evaluate()
             if last or _due(state.step, self.checkpoint.every):
-                self._save()
-            if stop_requested and state.step < config.steps:
+                self._save(wait=last)
+            if signals.stop and state.step < config.steps:
                 return "preempted"
         return "done"
 
-    def _step(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """One optimizer step. Returns whether some rank was asked to stop."""
+    def _step(self, micro_batches: Sequence[MicroBatch]) -> Signals:
+        """One optimizer step. Returns what ranks had to tell."""
         state = self.state
         learning_rate = self.learning_rate(state.applied_steps)
         accumulated = self._accumulator.run(
@@ -203,7 +219,8 @@ class Trainer:
             step=state.step + 1,
             applied_steps=state.applied_steps,
             recorder=self.telemetry.buffer,
-            stop=self.stop.requested,
+            signals=Signals(stop=self.stop.requested, save_failed=self.store.has_failed),
+            judge=self._spikes.judge,
         )
         if accumulated.skip_reason:
             result = StepResult(applied=False, reason=accumulated.skip_reason)
@@ -220,6 +237,10 @@ class Trainer:
         state.samples += self.config.global_batch_size
         state.applied_steps += result.applied
         state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+        self._spikes.note(accumulated.loss, is_spike=accumulated.is_spike)
+        if accumulated.is_spike and result.applied and ranks.is_main():
+            log.warning("step %d: loss %.4f is a spike", state.step, accumulated.loss)
+        self.telemetry.buffer.record("step/spike", int(accumulated.is_spike))
         self._change_sampling()
         if not result.applied and ranks.is_main():
             first = state.samples - self.config.global_batch_size
@@ -235,7 +256,7 @@ class Trainer:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
         )
-        return accumulated.stop_requested
+        return accumulated.signals
 
     def _enter_phase(self) -> None:
         """Tell hooks, log and metrics which mixture the coming step is of."""
@@ -281,10 +302,35 @@ class Trainer:
         buffer.close_step()
         self.write(buffer.flush())
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
         self.telemetry.store_totals(self.state)
         self.state.plan = self.corpus.plan.state_dict(self.state.samples)
-        self.store.save(self.engine, self.hooks, self.state)
+        self.store.save(self.engine, self.hooks, self.state, wait=wait)
+
+    def _rewind(self) -> None:
+        """Take weights, optimizer and hooks back to a checkpoint from before the spikes; the data goes on."""
+        state, config = self.state, self.config.spikes
+        first_spike = state.step - state.spikes_in_a_row + 1
+        if state.rewinds >= config.max_rewinds:
+            raise NumericError(
+                f"step {state.step}: loss spikes again after {state.rewinds} rewinds (train.spikes.max_rewinds); lower "
+                "the learning rate or look at the samples named in log.txt, then start again"
+            )
+        folder = self.store.newest_before(first_spike - config.rewind_steps)
+        then = self.store.load(folder, self.engine, self.hooks)
+        state.applied_steps, state.loss_ema, state.recent_losses = then.applied_steps, then.loss_ema, then.recent_losses
+        state.skipped_in_a_row = state.spikes_in_a_row = 0
+        state.rewinds += 1
+        self.telemetry.restore_average(state)
+        if ranks.is_main():
+            log.warning(
+                "step %d: %d spikes in a row; weights, optimizer and hooks went back to step %d, samples %d to %d do "
+                "not count (rewind %d of %d)",
+                *(state.step, config.patience, then.step, then.samples, state.samples - 1),
+                *(state.rewinds, config.max_rewinds),
+            )  # fmt: skip
+        self._save(wait=True)
+        self.store.discard(then.step, state.step)
 
 
 def _due(step: int, every: int) -> bool:

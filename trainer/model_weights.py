@@ -18,10 +18,11 @@ def _as_it_is(parameter: nn.Parameter) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def whole_weights(model: nn.Module, whole: Gathering = _as_it_is) -> dict[str, Tensor]:
-    """Parameters and persistent buffers on the host, tied ones once, cut ones put together.
+def whole_weights(model: nn.Module, whole: Gathering = _as_it_is, *, keep: bool = True) -> dict[str, Tensor]:
+    """Copies of parameters and persistent buffers on the host, tied ones once, cut ones put together.
 
-    `whole`: what makes a parameter whole while it is read (Engine.whole). A collective: every rank calls it.
+    `whole`: what makes a parameter whole while it is read (Engine.whole). A collective: every rank calls it; one
+    without `keep` only lends its parts and gets nothing.
     """
     found = {}
     for name, tensor in _weights(model).items():
@@ -32,7 +33,8 @@ def whole_weights(model: nn.Module, whole: Gathering = _as_it_is) -> dict[str, T
                 parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
                 dist.all_gather(parts, value.contiguous(), group=group)
                 value = torch.cat(parts)
-            found[name] = value.to("cpu", copy=True).contiguous()
+            if keep:
+                found[name] = value.to("cpu", copy=True).contiguous()
     return found
 
 

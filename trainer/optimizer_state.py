@@ -43,6 +43,11 @@ class Fragment(NamedTuple):
         """One past the last element."""
         return self.start + len(self.weight)
 
+    def on_host(self) -> "Fragment":
+        """A copy that shares no memory with the optimizer."""
+        tensors = (getattr(self, kind).to("cpu", copy=True) for kind in KINDS)
+        return Fragment(self.name, self.size, self.start, *tensors)
+
     def share(self, rank: int, ranks: int) -> "Fragment":
         """The part that `rank` of several owners of the same fragment has to write; the parts make up the whole."""
         cuts = [len(self.weight) * each // ranks for each in (rank, rank + 1)]
@@ -56,16 +61,13 @@ def fragments_file(rank: int) -> str:
 
 
 def write_fragments(folder: Path, rank: int, fragments: Iterable[Fragment]) -> dict[str, list[tuple[int, int, str]]]:
-    """Write a rank's fragments into `folder`; returns their spans, for the index."""
+    """Write a rank's fragments, none of them empty, into `folder`; returns their spans, for the index."""
     file = fragments_file(rank)
     tensors: dict[str, Tensor] = {}
     spans: dict[str, list[tuple[int, int, str]]] = {}
     for fragment in fragments:
-        if fragment.start == fragment.stop:
-            continue
         spans.setdefault(fragment.name, []).append((fragment.start, fragment.stop, file))
-        # A copy: safetensors wants tensors that share no memory.
-        tensors |= {_key(kind, fragment): getattr(fragment, kind).to("cpu", copy=True) for kind in KINDS}
+        tensors |= {_key(kind, fragment): getattr(fragment, kind) for kind in KINDS}
     safetensors.torch.save_file(tensors, folder / file)
     return spans
 

@@ -5,6 +5,7 @@ identity. That is what lets the plain single-process reference and the hooks' un
 """
 
 import os
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -63,21 +64,29 @@ def all_gather(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
+def side_channel(timeout_s: float) -> dist.ProcessGroup | None:
+    """A further group of all ranks, over the hosts' network, for a thread that talks while the loop computes.
+
+    `timeout_s`: how long its collectives wait for a silent peer. A collective: every rank calls it.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if is_distributed() else None
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's `value` on every rank. Small control data only; the pickled bytes never leave the job."""
     if not is_distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. Small control data only."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

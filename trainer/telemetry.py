@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trainer import ranks
-from trainer.checkpoint import TrainState
 from trainer.hooks import StepContext, StepResult
 from trainer.metrics import MetricBuffer
+from trainer.train_state import TrainState
 
 _EMA_DECAY = 0.98  # of `loss/ema`: a display aid with a memory of about 50 steps
 
@@ -39,8 +39,7 @@ class StepTelemetry:
         self._peak_flops = _peak_flops(device)
         self._device = device
         self._tokens = torch.tensor(float(state.tokens), dtype=torch.float64, device=device)
-        ema = math.nan if state.loss_ema is None else state.loss_ema
-        self._loss_ema = torch.tensor(ema, dtype=torch.float64, device=device)
+        self._loss_ema = self._average_in(state)
         self._began = self._data_s = 0.0
 
     def start_step(self) -> None:
@@ -93,6 +92,14 @@ class StepTelemetry:
         ema = float(self._loss_ema)
         state.tokens = int(self._tokens)
         state.loss_ema = None if math.isnan(ema) else ema
+
+    def restore_average(self, state: TrainState) -> None:
+        """Take the average loss that a checkpoint holds."""
+        self._loss_ema = self._average_in(state)
+
+    def _average_in(self, state: TrainState) -> Tensor:
+        ema = math.nan if state.loss_ema is None else state.loss_ema
+        return torch.tensor(ema, dtype=torch.float64, device=self._device)
 
     def _record_domains(self, context: StepContext, losses_B: Tensor, tokens_B: Tensor, coefficients_B: Tensor) -> None:
         columns_B3 = torch.stack([losses_B * tokens_B, tokens_B, coefficients_B], dim=1)

@@ -61,7 +61,7 @@ def measure(report: Report) -> None:
     ids = torch.arange(2)
     batch = MicroBatch(ids, torch.zeros_like(ids), tokens, tokens, torch.zeros_like(tokens), ids)
     with Collectives() as losses_mode:
-        accumulator.run([batch, batch], step=1, applied_steps=0, recorder=Records(), stop=False)
+        accumulator.run([batch, batch], step=1, applied_steps=0, recorder=Records())
     with Collectives() as bias_mode:
         bias.after_step(step_of(Records()), APPLIED)
     counts = {"sample_losses": losses_mode.count, "bias": bias_mode.count}

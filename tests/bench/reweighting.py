@@ -66,7 +66,7 @@ def stepper(config_path: Path, mode: str) -> Callable[[], None]:
     def step() -> None:
         nonlocal count
         recorder = MetricBuffer()
-        done = accumulator.run(next(batches), step=count + 1, applied_steps=count, recorder=recorder, stop=False)
+        done = accumulator.run(next(batches), step=count + 1, applied_steps=count, recorder=recorder)
         applied, _ = engine.step(1e-3, done.gradient_scale)
         assert applied
         hooks.after_step(done.context, StepResult(applied=True, reason=""))

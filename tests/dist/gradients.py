@@ -51,7 +51,7 @@ def engine_gradients(config: RunConfig, corpus: TokenCorpus) -> dict[str, Tensor
         _, state = hooks.state_dict()["sample_reweight"]
         hooks.load_state_dict({"sample_reweight": (2, state | {"frozen_steps": 1, "high": torch.tensor(6.0, dtype=torch.float64)})})
     batches = next(open_loader(config, corpus).batches(0))
-    done = accumulator.run(batches, step=1, applied_steps=0, recorder=MetricBuffer(), stop=False)
+    done = accumulator.run(batches, step=1, applied_steps=0, recorder=MetricBuffer())
     assert not done.skip_reason
     scale = 1.0 if done.gradient_scale is None else float(done.gradient_scale)
     found = {}

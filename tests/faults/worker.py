@@ -22,6 +22,7 @@ import torch
 import launch.train
 import trainer.checkpoint
 import trainer.loop
+import trainer.snapshot
 from launch._cli import run_command
 from moe.model import MoEDecoder
 from trainer import ranks
@@ -118,9 +119,10 @@ def parse(text: str) -> list[Fault]:
 FAULTS = [] if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else parse(os.environ.get("FAULT", ""))
 
 
-def at(phase: str) -> None:
-    """This rank is in `phase` of the current step: let happen what is due."""
-    for fault in [f for f in FAULTS if (f.rank, f.step, f.phase) == (ranks.rank(), HERE.step, phase)]:
+def at(phase: str, step: int | None = None) -> None:
+    """This rank is in `phase` of a step, or of the current one: let happen what is due."""
+    now = HERE.step if step is None else step
+    for fault in [f for f in FAULTS if (f.rank, f.step, f.phase) == (ranks.rank(), now, phase)]:
         FAULTS.remove(fault)
         sys.stderr.write(f"fault: {fault.action} on rank {fault.rank} at step {fault.step} in {phase}\n")
         sys.stderr.flush()
@@ -140,6 +142,24 @@ def announcing(phase: str, *, late: bool = False) -> Callable[[Any], Any]:
             result = original(*args, **kwargs)
             if late:
                 at(phase)
+            return result
+
+        return wrapped
+
+    return make
+
+
+def saving(phase: str, *, late: bool = False) -> Callable[[Any], Any]:
+    """The same for what gets the folder of a save first: it is written while the loop is at later steps."""
+
+    def make(original: Any) -> Any:
+        def wrapped(folder: Path, *args: Any, **kwargs: Any) -> Any:
+            step = int(folder.name.removeprefix("tmp-step-")) if folder.name.startswith("tmp-step-") else -1
+            if not late:
+                at(phase, step)
+            result = original(folder, *args, **kwargs)
+            if late:
+                at(phase, step)
             return result
 
         return wrapped
@@ -168,20 +188,11 @@ def _forward(original: Any) -> Any:
 
 
 def _store(original: Any) -> Any:
-    def __init__(self: CheckpointStore, run_dir: Path, *args: Any) -> None:
-        original(self, run_dir, *args)
+    def __init__(self: CheckpointStore, run_dir: Path, *args: Any, **kwargs: Any) -> None:
+        original(self, run_dir, *args, **kwargs)
         HERE.root = run_dir / "checkpoints"
 
     return __init__
-
-
-def _fsync_folder(original: Any) -> Any:
-    def fsync_folder(folder: Path) -> None:
-        original(folder)
-        if folder.name.startswith("tmp-step-"):
-            at("save_before_rename")
-
-    return fsync_folder
 
 
 PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
@@ -194,9 +205,9 @@ PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (HookList, "after_step", announcing("after_step")),
     (trainer.loop, "evaluate", announcing("evaluate")),
     (CheckpointStore, "__init__", _store),
-    (trainer.checkpoint, "write_fragments", announcing("save_write", late=True)),
-    (trainer.checkpoint, "write_index", announcing("save_before_manifest")),
-    (trainer.checkpoint, "_fsync_folder", _fsync_folder),
+    (trainer.snapshot, "write_fragments", saving("save_write", late=True)),
+    (trainer.checkpoint, "write_index", saving("save_before_manifest")),
+    (trainer.checkpoint, "fsync_folder", saving("save_before_rename", late=True)),
 ]
 
 
