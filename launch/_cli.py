@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageErr
 EXIT_CODES = "EVENKEEL_EXIT_CODES"
 """Variable with the folder in which launch.torchrun wants to find how each rank ended."""
 
+_ROOT = Path(__file__).parents[1]
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 # gloo reports a lost peer as a plain RuntimeError; these are the openings of its messages.
 _PEER_LOST_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
@@ -31,7 +33,10 @@ def classify(error: BaseException) -> EvenkeelError | None:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         return PeerLostError(f"process group at {address}: {_first_line(error)}; choose a free port or start all ranks")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _PEER_LOST_SIGNS):
-        return PeerLostError(f"another rank is gone or silent: {_first_line(error)}; look at its log, start again")
+        return PeerLostError(
+            f"another rank is gone or silent: {_first_line(error)}; this one was in {_place(error)}; look at its log, "
+            "start again"
+        )
     return None
 
 
@@ -64,3 +69,11 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _place(error: BaseException) -> str:
+    """Where in our own code an error came up: what a rank was doing when it waited in vain."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_ROOT)]
+    if not own:
+        return "the libraries"
+    return f"{Path(own[-1].filename).relative_to(_ROOT)}:{own[-1].lineno} ({own[-1].name})"

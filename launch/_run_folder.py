@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import logging.handlers
 import os
 import socket
 import sys
@@ -18,12 +19,15 @@ from configs.schema import RunConfig
 from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.hooks import StopReason
-from trainer.metrics import JsonlLog, read_jsonl
+from trainer.metrics import JsonlLog, iter_jsonl
 from trainer.progress import ProgressDisplay
 from trainer.run_summary import summarize, summary_table
 from trainer.wandb_sink import WandbSink
 
 log = logging.getLogger("evenkeel")
+
+_LOG_BYTES = 16 << 20
+_OLD_LOGS = 4  # files; older ones are deleted
 
 
 class RunFolder:
@@ -131,7 +135,7 @@ class RunReport:
 
 
 def start_logging(run_dir: Path) -> None:
-    """Rank 0 logs to the screen and to log.txt; other ranks only warnings, to the screen."""
+    """Rank 0 logs to the screen and to log.txt (before it log.txt.1, ...); other ranks only warnings, to the screen."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger("evenkeel")
     root.setLevel(logging.DEBUG)
@@ -141,7 +145,9 @@ def start_logging(run_dir: Path) -> None:
     screen.setLevel(logging.INFO if ranks.is_main() else logging.WARNING)
     handlers: list[logging.Handler] = [screen]
     if ranks.is_main():
-        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+        handlers.append(
+            logging.handlers.RotatingFileHandler(run_dir / "log.txt", maxBytes=_LOG_BYTES, backupCount=_OLD_LOGS)
+        )
     for handler in handlers:
         handler.setFormatter(form)
     root.handlers = handlers
@@ -151,7 +157,7 @@ def print_summary(run_dir: Path, domain_names: Sequence[str], reason: StopReason
     """The table a person wants to see when a run has ended, and where the rest is."""
     console = Console()
     try:
-        summary = summarize(read_jsonl(run_dir / "metrics.jsonl"), domain_names)
+        summary = summarize(iter_jsonl(run_dir / "metrics.jsonl"), domain_names)
     except ConfigError:
         summary = None
     if summary is not None:

@@ -1,12 +1,12 @@
 """What a finished run came to, from its rows of metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from trainer.metrics import Row, rows_with
+from trainer.metrics import Row
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,18 @@ class RunSummary:
         return last / first - 1
 
 
-def summarize(rows: Sequence[Row], domain_names: Sequence[str]) -> RunSummary | None:
-    """Summary of a run's rows; None if it has not been evaluated."""
-    evaluations = rows_with(rows, "eval/loss")
-    if not evaluations:
+def summarize(rows: Iterable[Row], domain_names: Sequence[str]) -> RunSummary | None:
+    """Summary of a run's rows, in one pass; None if it has not been evaluated."""
+    first: Row | None = None
+    last: Row = {}
+    ess_sum, num_ess = 0.0, 0
+    for row in rows:
+        if "eval/loss" in row:
+            first, last = first or row, row
+        if row.get("reweight/ess") is not None:
+            ess_sum, num_ess = ess_sum + row["reweight/ess"], num_ess + 1
+    if first is None:
         return None
-    first, last = evaluations[0], evaluations[-1]
     keys = {name: f"eval/{name}/ppl" for name in domain_names} | {"all": "eval/ppl"}
     ppl = {
         name: (first[key], last[key])
@@ -39,11 +45,10 @@ def summarize(rows: Sequence[Row], domain_names: Sequence[str]) -> RunSummary | 
         if first.get(key) is not None and last.get(key) is not None
     }
     violations = (first.get("eval/maxvio_global"), last.get("eval/maxvio_global"))
-    sizes = [row["reweight/ess"] for row in rows if row.get("reweight/ess") is not None]
     return RunSummary(
         ppl,
         None if None in violations else violations,  # type: ignore[arg-type]  # both are numbers here
-        sum(sizes) / len(sizes) if sizes else None,
+        ess_sum / num_ess if num_ess else None,
     )
 
 

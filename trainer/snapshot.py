@@ -10,6 +10,7 @@ optimizer-00000.safetensors
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from trainer.hooks import HookList, State
 from trainer.model_weights import whole_weights
 from trainer.optimizer_state import Fragment, Spans, fragments_file, write_fragments
 from trainer.train_state import TrainState
+
+log = logging.getLogger("evenkeel")
 
 _HOOKS = "hooks.safetensors"
 _PAUSE_S = 1.0  # before the one retry: a network file system that hiccups needs a moment
@@ -83,6 +86,7 @@ class Snapshot:
         """
         share = self._write(folder)
         if share.problem and folder.is_dir():
+            log.warning("checkpoint of step %d: %s; trying once more", self.state.step, share.problem)
             time.sleep(_PAUSE_S)
             share = self._write(folder)
         return share

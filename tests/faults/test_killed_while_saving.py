@@ -7,7 +7,8 @@ from tests.faults.faultkit import Leg, Outcome, Record, Reference, assert_begins
 
 SAVES = {
     "files half written": (4, Leg("kill@0:4:save_write")),
-    "before the manifest": (6, Leg("kill@0:6:save_before_manifest")),
+    # The checkpoint of step 4 is written while steps 5 and 6 train: the next leg goes on from it.
+    "before the manifest": (6, Leg("sleep=1@0:4:save_start,kill@0:6:save_before_manifest")),
     "before the rename": (8, Leg("kill@0:8:save_before_rename")),
 }
 REFUSED = {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -31,7 +32,7 @@ def test_nothing_is_published_and_nothing_lost(
     record_property("steps_lost", outcome.lost)
     assert outcome.code == -9
     assert max(outcome.after) == step - 2
-    assert outcome.lost == 2
+    assert 2 <= outcome.lost <= 4, "those since the newest one, and those trained while the next was written"
     outcome.assert_kept()
     assert_begins_like(outcome.rows, one_rank.run_dir)
 

@@ -1,6 +1,7 @@
 """What may be wrong around a run: the clock of a rank, W&B, the disk, another job, the rendezvous, its own memory."""
 
 import random
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.dist.test_resume import assert_same_run
+from tests.faults.conftest import EVERY
 from tests.faults.faultkit import (
     TIMEOUT_S,
     Job,
@@ -30,15 +32,39 @@ from trainer.data.config import DataConfig
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.fault(28, "slow rank, slow disk")
-def test_slowness_is_no_failure(two_ranks: Reference) -> None:
+@pytest.fixture(scope="module")
+def slow(two_ranks: Reference) -> Job:
+    """A finished run of slow ranks and disks, one of which fails once."""
     run_dir = two_ranks.config.parent / "slow"
-    fault = "sleep=4@1:5:forward,sleep=4@0:8:save_write,sleep=4@1:10:save_write,sleep=4@0:12:save_before_rename"
-    job = Job(two_ranks.config, run_dir, ranks=2, fault=fault)
+    faults = (
+        "sleep=4@1:5:forward", "sleep=4@0:8:save_start", "sleep=4@1:10:save_write", "sleep=4@0:12:save_before_rename",
+        "io_error@1:14:save_write",
+    )  # fmt: skip
+    job = Job(two_ranks.config, run_dir, ranks=2, fault=",".join(faults))
     assert job.end() == 0, job.log[-3000:]
-    assert_same_run(run_dir, two_ranks.run_dir)
-    slow = [row["time/step_s"] for row in rows(run_dir) if row.get("step") == 5 and "loss" in row]
-    assert float(slow[0]) > 4, "the slow step is on record"  # type: ignore[arg-type]
+    return job
+
+
+@pytest.mark.fault(28, "slow rank, slow disk")
+def test_slowness_is_no_failure(slow: Job, two_ranks: Reference) -> None:
+    assert_same_run(slow.run_dir, two_ranks.run_dir)
+    fifth = [row["time/step_s"] for row in rows(slow.run_dir) if row.get("step") == 5 and "loss" in row]
+    assert float(fifth[0]) > 4, "the slow step is on record"  # type: ignore[arg-type]
+
+
+@pytest.mark.fault(28, "slow disk does not hold training")
+def test_training_goes_on_while_a_slow_disk_writes(slow: Job) -> None:
+    found = re.search(r"checkpoint of step 8 saved in ([0-9.]+) s; it held training ([0-9.]+) s", slow.log)
+    assert found, slow.log[-3000:]
+    assert float(found[1]) > 4
+    assert float(found[2]) < 2
+
+
+@pytest.mark.fault(9, "one input/output error in save")
+def test_what_fails_once_is_tried_again(slow: Job) -> None:
+    assert "checkpoint of step 14: rank 1: [Errno 5] Input/output error" in slow.log
+    assert "trying once more" in slow.log
+    assert not leftovers(slow.run_dir)
 
 
 @pytest.mark.fault(2, "all ranks and the launcher killed (-9) at random")
@@ -52,7 +78,7 @@ def test_all_killed_at_random(seed: int, two_ranks: Reference, record_property: 
     job.send(signal.SIGKILL, to="all")
     assert job.end() == -signal.SIGKILL
     record_property("steps_lost", lost_steps(run_dir))
-    assert lost_steps(run_dir) <= 2
+    assert lost_steps(run_dir) <= 2 * EVERY
     assert_begins_like(deterministic(run_dir), two_ranks.run_dir)
     again = Job(two_ranks.config, run_dir, ranks=2)
     assert again.end() == 0, again.log[-3000:]
@@ -174,18 +200,19 @@ def test_hooks_that_come_and_go_are_logged(changed: Path) -> None:
     assert "hooks.mine is new in this run" in (changed / "hook on" / "log.txt").read_text()
 
 
-@pytest.mark.fault(29, "memory over 600 steps")
+@pytest.mark.timeout(900)
+@pytest.mark.fault(29, "memory over 2000 steps")
 def test_memory_is_flat(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(
-        tmp_path, data_config, train={"steps": 600, "micro_batch_size": 8}, checkpoint={"every": 50},
+        tmp_path, data_config, train={"steps": 2000, "micro_batch_size": 8}, checkpoint={"every": 50},
         evaluation={"every": 100, "max_rows": 1}, hooks={"memory": {"hook": "tests.faults.hooks:Memory"}},
     )  # fmt: skip
-    done = run("launch.train", str(config), timeout=280)
+    done = run("launch.train", str(config), timeout=800)
     assert done.returncode == 0, done.stderr[-2000:]
     memory = np.array([row["test/rss_mib"] for row in rows(tmp_path / "run") if "loss" in row])
-    settled = memory[200:]
+    settled = memory[500:]
     slope = np.polyfit(np.arange(len(settled)), settled, 1)[0] * 100
-    print(f"{memory[0]:.0f} -> {memory[-1]:.0f} MiB, {slope:.2f} MiB / 100 steps after step 200")
+    print(f"{memory[0]:.0f} -> {memory[-1]:.0f} MiB, {slope:.2f} MiB / 100 steps after step 500")
     assert slope < 1.0, f"{slope:.2f} MiB per 100 steps"
 
 

@@ -1,9 +1,10 @@
 """`launch.train` with a fault in it: the environment's FAULT says what happens, where and when.
 
-    FAULT = action@rank:step:phase [, action@rank:step:phase ...]        action = kill, sleep=3, ...
+    FAULT = action@rank:step:phase [, action@rank:step:phase ...]        action = kill, sleep=3, scale=1000, ...
 
-Phases: build, load, fetch, forward, loss, before_step, after_step, evaluate, save_write, save_before_manifest,
-save_before_rename. Each fault happens once in a process, and not again after torchrun restarted it.
+Phases: build, load, fetch, forward, loss, before_step, after_step, evaluate, save_start, save_write,
+save_before_manifest, save_before_rename. `scale` multiplies the losses of the forward that begins. Each fault happens
+once in a process, and not again after torchrun restarted it.
 """
 
 import errno
@@ -49,6 +50,7 @@ class Here:
     model: MoEDecoder | None = None
     step: int = 0
     root: Path = Path()
+    scale: float = 1.0
 
 
 HERE = Here()
@@ -111,7 +113,7 @@ def parse(text: str) -> list[Fault]:
         what, _, where = part.strip().partition("@")
         action, _, value = what.partition("=")
         rank, step, phase = where.split(":")
-        assert action in ACTIONS or action == "sleep", action
+        assert action in ACTIONS or action in ("sleep", "scale"), action
         found.append(Fault(action, value, int(rank), int(step), phase))
     return found
 
@@ -128,6 +130,8 @@ def at(phase: str, step: int | None = None) -> None:
         sys.stderr.flush()
         if fault.action == "sleep":
             time.sleep(float(fault.value))
+        elif fault.action == "scale":
+            HERE.scale = float(fault.value)
         else:
             ACTIONS[fault.action]()
 
@@ -182,7 +186,11 @@ def _forward(original: Any) -> Any:
         HERE.model = self
         if self.training and HERE.step:
             at("forward")
-        return original(self, *args, **kwargs)
+        output = original(self, *args, **kwargs)
+        scale, HERE.scale = HERE.scale, 1.0
+        if scale == 1.0:
+            return output
+        return output * scale if isinstance(output, torch.Tensor) else (output[0] * scale, *output[1:])
 
     return forward
 
@@ -205,6 +213,7 @@ PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (HookList, "after_step", announcing("after_step")),
     (trainer.loop, "evaluate", announcing("evaluate")),
     (CheckpointStore, "__init__", _store),
+    (trainer.snapshot, "write_fragments", saving("save_start")),
     (trainer.snapshot, "write_fragments", saving("save_write", late=True)),
     (trainer.checkpoint, "write_index", saving("save_before_manifest")),
     (trainer.checkpoint, "fsync_folder", saving("save_before_rename", late=True)),

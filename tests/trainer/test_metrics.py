@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -81,6 +82,29 @@ def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{oops\n{"step": 2}\n')
     with pytest.raises(ConfigError, match="line 2 is not JSON"):
         read_jsonl(path)
+
+
+def test_a_file_of_a_million_steps_is_cut_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with path.open("w") as file:
+        file.writelines(
+            f'{{"step": {n}, "loss": 2.5, "moe/loads": [1.0, 1.0, 1.0, 1.0]}}\n' for n in range(1, 10**6 + 1)
+        )
+    start = time.process_time()
+    JsonlLog(path).truncate_after(10**6 - 500)
+    assert time.process_time() - start < 0.5, "only the end is read"
+    with path.open("rb") as file:
+        file.seek(-100, os.SEEK_END)
+        assert json.loads(file.read().splitlines()[-1])["step"] == 10**6 - 500
+
+
+@pytest.mark.parametrize("step", range(-1, 9))
+def test_truncation_keeps_every_line_of_the_step(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "m.jsonl"
+    steps = [0, 0, 1, 2, 2, 2, 5, 7, 7]
+    JsonlLog(path).append({"step": n} for n in steps)
+    JsonlLog(path).truncate_after(step)
+    assert [row["step"] for row in read_jsonl(path)] == [n for n in steps if n <= step]
 
 
 def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:

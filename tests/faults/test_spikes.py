@@ -1,0 +1,89 @@
+"""Losses that shoot up: told, dropped, or the reason to go back to a checkpoint from before."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.faultkit import Job, Leg, Outcome, checkpoints, strike
+from tests.harness import deterministic, rows, tiny_config
+from trainer.data.config import DataConfig
+
+pytestmark = pytest.mark.slow
+
+REWIND = {"policy": "rewind", "window": 8, "patience": 2, "rewind_steps": 2, "max_rewinds": 1}
+
+
+def config_of(folder: Path, data: DataConfig, **spikes: object) -> Path:
+    return tiny_config(
+        folder, data, train={"steps": 18, "micro_batch_size": 4, "spikes": spikes}, evaluation={"every": 0},
+        checkpoint={"every": 2, "keep": 3},
+    )  # fmt: skip
+
+
+def applied(run_dir: Path) -> dict[int, int]:
+    return {int(row["step"]): int(row["step/applied"]) for row in rows(run_dir) if "loss" in row}  # type: ignore[call-overload]
+
+
+def spikes(run_dir: Path) -> list[int]:
+    return [int(row["step"]) for row in rows(run_dir) if row.get("step/spike")]  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def rewound(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> dict[str, Outcome]:
+    """Two spikes in a row send the run back from step 12 to 8; later it is killed, started again, and ends."""
+    folder = tmp_path_factory.mktemp("rewound")
+    legs = {"killed": Leg("scale=1000@0:11:forward,scale=1000@0:12:forward,kill@0:15:before_step")}
+    return strike(config_of(folder, data_config, **REWIND), folder / "run", legs, ranks=0)
+
+
+@pytest.fixture(scope="module")
+def without_window(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> Path:
+    """The same run, but the batches from step 9 to 12 were never any good: nothing of them was applied."""
+    folder = tmp_path_factory.mktemp("without")
+    config = config_of(folder, data_config, policy="off")
+    faults = ",".join(f"scale=nan@0:{step}:forward" for step in (9, 10, 11, 12))
+    job = Job(config, folder / "run", ranks=0, fault=faults)
+    assert job.end() == 0, job.log[-3000:]
+    return folder / "run"
+
+
+@pytest.mark.fault(13, "loss spikes, policy rewind")
+def test_a_rewind_goes_back_and_skips_exactly_the_window(rewound: dict[str, Outcome], without_window: Path) -> None:
+    run_dir = rewound["end"].job.run_dir
+    assert rewound["end"].code == 0, rewound["end"].job.log[-3000:]
+    log = rewound["killed"].job.log
+    assert "went back to step 8, samples 64 to 95 do not count (rewind 1 of 1)" in log
+    assert spikes(run_dir) == [11, 12]
+    assert [step for step, done in applied(run_dir).items() if not done] == [11, 12]
+    skipped = [row | {"step/spike": 0} for row in deterministic(run_dir) if int(row["step"]) > 12]  # type: ignore[call-overload]
+    expected = [row for row in deterministic(without_window) if int(row["step"]) > 12]  # type: ignore[call-overload]
+    for row, other in zip(skipped, expected, strict=True):
+        assert {**row, "loss/ema": 0} == {**other, "loss/ema": 0}, "as if the window had never been trained on"
+
+
+@pytest.mark.fault(13, "loss spikes, policy rewind")
+def test_a_rewind_leaves_no_checkpoint_of_the_window(rewound: dict[str, Outcome]) -> None:
+    assert 10 not in rewound["killed"].after
+    assert {8, 12} <= rewound["killed"].after.keys()
+    assert "resumed from step 14" in rewound["end"].job.log
+
+
+@pytest.mark.fault(13, "loss spikes again after the last rewind")
+def test_spikes_without_end_are_exit_4(tmp_path: Path, data_config: DataConfig) -> None:
+    faults = ",".join(f"scale=1000@0:{step}:forward" for step in (11, 12, 13, 14))
+    job = Job(config_of(tmp_path, data_config, **REWIND), tmp_path / "run", ranks=0, fault=faults)
+    assert job.end() == 4, job.log[-3000:]
+    assert "loss spikes again after 1 rewinds" in job.errors[0]
+    assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.fault(13, "loss spike, policies log and skip")
+@pytest.mark.parametrize("policy", ["log", "skip"])
+def test_a_spike_is_told_or_dropped(policy: str, tmp_path: Path, data_config: DataConfig) -> None:
+    config = config_of(tmp_path, data_config, policy=policy, window=8)
+    job = Job(config, tmp_path / "run", ranks=2, fault="scale=1000@1:11:forward")
+    assert job.end() == 0, job.log[-3000:]
+    assert spikes(tmp_path / "run") == [11]
+    assert applied(tmp_path / "run")[11] == (policy == "log")
+    assert "is a spike" in job.log
+    assert ("step 11 skipped" in job.log) == (policy == "skip")
