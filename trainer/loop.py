@@ -194,8 +194,9 @@ class Trainer:
                 self.write(self.telemetry.flush())
             if signals.save_failed:
                 self.store.finish()  # raises, on every rank, what went wrong on one
-            if self._spikes.asks_to_rewind:
-                self._rewind()
+            rewinds = self._spikes.asks_to_rewind
+            if rewinds:
+                self._rewind()  # and saves
             if state.skipped_in_a_row >= config.max_skipped_in_a_row:
                 self.store.finish()
                 raise NumericError(
@@ -204,7 +205,7 @@ class Trainer:
                 )
             if state.step == config.steps or _due(state.step, self.evaluation.every):
                 self._evaluate()
-            if last or _due(state.step, self.checkpoint.every):
+            if (last or _due(state.step, self.checkpoint.every)) and not rewinds:
                 self._save(wait=last)
             if signals.stop and state.step < config.steps:
                 return "preempted"

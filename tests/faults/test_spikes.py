@@ -1,5 +1,6 @@
 """Losses that shoot up: told, dropped, or the reason to go back to a checkpoint from before."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def applied(run_dir: Path) -> dict[int, int]:
 
 def spikes(run_dir: Path) -> list[int]:
     return [int(row["step"]) for row in rows(run_dir) if row.get("step/spike")]  # type: ignore[call-overload]
+
+
+def steps_after_window(run_dir: Path) -> list[dict[str, object]]:
+    """What steps after the twelfth recorded; the average over all steps knows of the window."""
+    found = [row for row in deterministic(run_dir) if "loss" in row and int(row["step"]) > 12]  # type: ignore[call-overload]
+    return [{key: value for key, value in row.items() if key != "loss/ema"} for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +62,16 @@ def test_a_rewind_goes_back_and_skips_exactly_the_window(rewound: dict[str, Outc
     assert "went back to step 8, samples 64 to 95 do not count (rewind 1 of 1)" in log
     assert spikes(run_dir) == [11, 12]
     assert [step for step, done in applied(run_dir).items() if not done] == [11, 12]
-    skipped = [row | {"step/spike": 0} for row in deterministic(run_dir) if int(row["step"]) > 12]  # type: ignore[call-overload]
-    expected = [row for row in deterministic(without_window) if int(row["step"]) > 12]  # type: ignore[call-overload]
-    for row, other in zip(skipped, expected, strict=True):
-        assert {**row, "loss/ema": 0} == {**other, "loss/ema": 0}, "as if the window had never been trained on"
+    after, expected = steps_after_window(run_dir), steps_after_window(without_window)
+    assert len(after) == 6
+    assert after == expected, "as if the window had never been trained on"
 
 
 @pytest.mark.fault(13, "loss spikes, policy rewind")
 def test_a_rewind_leaves_no_checkpoint_of_the_window(rewound: dict[str, Outcome]) -> None:
     assert 10 not in rewound["killed"].after
     assert {8, 12} <= rewound["killed"].after.keys()
-    assert "resumed from step 14" in rewound["end"].job.log
+    assert re.search("resumed from step 1[24]", rewound["end"].job.log), "not from before the rewind"
 
 
 @pytest.mark.fault(13, "loss spikes again after the last rewind")
