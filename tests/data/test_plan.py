@@ -1,5 +1,6 @@
 """Phases, caps and online weights: everything exactly as often as planned, and nothing seen is ever reshuffled."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -214,6 +215,21 @@ def test_online_weights_are_met_and_rows_come_once_an_epoch(
     resumed.restore(plan.state_dict(steps * size), steps * size)
     assert stream(resumed, 0, steps * size) == samples
     assert resumed.state_dict(0) == plan.state_dict(0)
+    half = steps // 2 * size
+    resumed = online_of(rows_D, seed=seed, size=size, max_epochs=max_epochs)
+    resumed.restore(plan.state_dict(half), half)
+    assert stream(resumed, half, steps * size) == samples[half:]
+    assert stream(resumed, 0, steps * size) == samples, "what came before is found again"
+
+
+def test_a_resumed_plan_replays_no_step() -> None:
+    plan = online_of((50, 60, 70))
+    state = plan.state_dict(8)
+    state["counts"] = {"step": 10**9, "given": [2 * 10**9, 3 * 10**9, 3 * 10**9], "credit": [0.25, 0.5, -0.75]}
+    start = time.process_time()
+    plan.restore(state, 8 * 10**9)
+    assert len(stream(plan, 8 * 10**9, 8 * 10**9 + 24)) == 24
+    assert time.process_time() - start < 1.0
 
 
 def test_a_shorter_delay_overtakes_no_change_that_is_still_to_act() -> None:

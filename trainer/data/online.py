@@ -6,6 +6,8 @@ Decisions:
 - Every step is a phase with whole samples of each domain. What rounding withholds from a domain in one step is its
   credit in the next: at no moment is a domain more than a few samples away from what its weights asked for.
 - A domain at its cap has no weight any more.
+- A checkpoint holds what every domain has given and what credit is left, so that a resumed run replays no step. Only
+  who asks for earlier samples has them replayed.
 
 Shape letters: D domains.
 """
@@ -69,7 +71,7 @@ class OnlinePlan(SamplePlan):
             raise ConfigError("hooks: sampling weights give every domain that has text no weight")
         # A run that goes on with a shorter delay has changes that are still to act: none overtakes another.
         step = max(steps_done + self._delay, self._changes[-1][0]) if steps_done else 0
-        assert step == 0 or step >= len(self._phases), "samples of that step were handed out already"
+        assert step == 0 or step >= self._steps_known, "samples of that step were handed out already"
         changed = (step, tuple((weights / weights.sum()).tolist()))
         if self._changes[-1][0] == step:
             self._changes.pop()
@@ -90,6 +92,11 @@ class OnlinePlan(SamplePlan):
         """What a checkpoint before `sample` must hold; changes that are still to act are among it."""
         changes = [[step, list(weights_D)] for step, weights_D in self._changes]
         state = {"version": VERSION, "order": ORDER, "kind": self.kind}
+        step = sample // self._size
+        if step and sample == step * self._size and (self.end is None or sample < self.end):
+            self._reach(sample)
+            given_D, credit_D = self._counts(step)
+            state["counts"] = {"step": step, "given": given_D, "credit": credit_D}
         return state | {"global_batch_size": self._size, "caps": list(self.caps_D), "changes": changes}
 
     def restore(self, state: Mapping[str, Any], sample: int) -> None:
@@ -102,9 +109,16 @@ class OnlinePlan(SamplePlan):
             raise ConfigError("data.max_epochs: cannot change in a run whose sampling a hook sets; restore it")
         self._changes = [(step, tuple(weights_D)) for step, weights_D in state["changes"]]
         self._begin()
+        counts = state.get("counts")
+        if counts is not None and counts["step"] * self._size == sample:
+            self._first, self._given_D = counts["step"], np.array(counts["given"], dtype=np.int64)
+            self._credit_D = np.array(counts["credit"])
 
     def _begin(self) -> None:
-        self._phases, self._credit_D = [], np.zeros(len(self.rows_D))
+        self._first = 0  # steps that the list of phases leaves out
+        self._phases = []
+        self._credits: list[Floats] = []  # before each of them
+        self._credit_D = np.zeros(len(self.rows_D))
         self._given_D = np.zeros(len(self.rows_D), dtype=np.int64)
         most_D = [_NO_CAP if cap is None else cap for cap in self.caps_D]
         self._most_D = np.where(np.array(self.rows_D) > 0, most_D, 0)
@@ -113,13 +127,29 @@ class OnlinePlan(SamplePlan):
 
     def _reach(self, sample: int) -> None:
         self.require(sample + 1)
-        while len(self._phases) * self._size <= sample:
-            _, weights_D = self._changes[self._change_at(len(self._phases))]
+        while (step := self._steps_known) * self._size <= sample:
+            _, weights_D = self._changes[self._change_at(step)]
             left_D = self._most_D - self._given_D
+            self._credits.append(self._credit_D)
             quotas_D, self._credit_D = step_quotas(np.array(weights_D), self._credit_D, left_D, self._size)
-            start = len(self._phases) * self._size
-            self._phases.append(Phase(start, tuple(quotas_D.tolist()), tuple(self._given_D.tolist())))
+            self._phases.append(Phase(step * self._size, tuple(quotas_D.tolist()), tuple(self._given_D.tolist())))
             self._given_D = self._given_D + quotas_D
+
+    @property
+    def _steps_known(self) -> int:
+        return self._first + len(self._phases)
+
+    def _counts(self, step: int) -> tuple[list[int], list[float]]:
+        """Samples given and credit left before a step that is known."""
+        phase = self._phases[step - self._first]
+        return list(phase.visits_D), self._credits[step - self._first].tolist()
+
+    def _index(self, sample: int) -> int:
+        if sample < self._first * self._size:  # somebody looks back, before the checkpoint we started from
+            known = self._steps_known
+            self._begin()
+            self._reach(known * self._size - 1)
+        return super()._index(sample)
 
     def _change_at(self, step: int) -> int:
         return bisect_right(self._changes, step, key=lambda change: change[0]) - 1
