@@ -13,10 +13,11 @@ from tests.harness import ROOT, rows, run
 from trainer.data.config import DataConfig
 
 README = (ROOT / "README.md").read_text()
+HOOKS = (ROOT / "trainer" / "HOOKS.md").read_text()
 
 
 def block(language: str) -> str:
-    text = README[README.index("<!-- the test suite runs exactly this text -->") :]
+    text = HOOKS[HOOKS.index("<!-- the test suite runs exactly this text -->") :]
     found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
     assert found is not None
     return found[1]
