@@ -29,6 +29,7 @@ def start_process_group(timeout_s: float) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    _use_for_later_groups(timeout)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -39,6 +40,15 @@ def start_process_group(timeout_s: float) -> None:
         from trainer.engine import adopt_process_group
 
         adopt_process_group()
+
+
+def _use_for_later_groups(timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed makes our timeout too: it asks for none, and would wait half an hour for a rank
+    that died meanwhile."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _die_with_launcher() -> None:

@@ -2,6 +2,7 @@
 strikes a rank. A run is struck again and again, and must come out as the unbroken one.
 """
 
+import re
 import signal
 
 import pytest
@@ -31,18 +32,19 @@ def twice(job: Job) -> None:
     job.send(signal.SIGTERM, to="all")
 
 
+# A checkpoint is sure to be there once the next save has begun: kills come that much later than the one they need.
 KILLS = {
     "evaluate": Leg("kill@1:0:evaluate"),
     "build": Leg("kill@0:0:build"),
-    "fetch": Leg("kill@0:3:fetch"),
+    "fetch": Leg("kill@0:5:fetch"),
     "load": Leg("kill@1:0:load"),
-    "forward": Leg("kill@1:3:forward"),
-    "loss": Leg("kill@1:4:loss"),
-    "before_step": Leg("kill@0:5:before_step"),
-    "after_step": Leg("kill@1:5:after_step"),
-    "save_write": Leg("kill@0:6:save_write"),
-    "save_before_manifest": Leg("kill@0:8:save_before_manifest"),
-    "save_before_rename": Leg("kill@0:8:save_before_rename"),
+    "forward": Leg("kill@1:5:forward"),
+    "loss": Leg("kill@1:6:loss"),
+    "before_step": Leg("kill@0:7:before_step"),
+    "after_step": Leg("kill@1:7:after_step"),
+    "save_write": Leg("kill@0:8:save_write"),
+    "save_before_manifest": Leg("kill@0:10:save_before_manifest"),
+    "save_before_rename": Leg("kill@0:10:save_before_rename"),
 }
 OTHERS = {
     "slow rank in save": Leg("sleep=5@1:10:save_write,kill@0:10:save_write"),
@@ -51,7 +53,7 @@ OTHERS = {
     "interrupt": Leg("interrupt@0:10:before_step"),
     "extra collective": Leg("barrier@1:10:before_step"),
     "disk error": Leg("io_error@1:10:save_write,io_error@1:10:save_write"),
-    "restart": Leg("kill@1:11:loss", torchrun="--max-restarts 1"),
+    "restart": Leg("kill@1:13:loss", torchrun="--max-restarts 1"),
 }
 STOPS = {
     "before step 1": Leg("terminate@1:0:evaluate"),
@@ -97,7 +99,8 @@ def test_killed_in_any_phase(
     record_property("detected_in", outcome.detected_in)
     record_property("steps_lost", outcome.lost)
     assert outcome.code == 5, outcome.job.log[-3000:]
-    assert outcome.detected_in < TIMEOUT_S + 5
+    # While groups are being built a rank waits twice: for the group, and for the agreement to leave it.
+    assert outcome.detected_in < (2 * TIMEOUT_S if phase == "build" else TIMEOUT_S) + 5
     assert outcome.lost <= 2 * EVERY, "those since the newest one, and those trained while the next was written"
     outcome.assert_kept()
     assert_begins_like(outcome.rows, no_zero.run_dir)
@@ -182,8 +185,10 @@ def test_torchrun_restarts_the_job_by_itself(
     struck: dict[str, Outcome], no_zero: Reference, record_property: Record
 ) -> None:
     outcome = struck["restart"]
-    record_property("detected_in", outcome.job.when("resumed from step 10") - outcome.job.when("fault:"))
-    record_property("steps_lost", 0)  # the tenth was saved, the eleventh had not ended
+    record_property("detected_in", outcome.job.when("resumed from step 1") - outcome.job.when("fault:"))
+    resumed = int(re.findall("resumed from step ([0-9]+)", outcome.job.log)[-1])
+    record_property("steps_lost", 12 - resumed)  # the thirteenth had not ended
+    assert resumed in (10, 12)
     assert outcome.code == 0, outcome.job.log[-3000:]
     assert_same_run(outcome.job.run_dir, no_zero.run_dir)
     assert not leftovers(outcome.job.run_dir)
