@@ -1,6 +1,7 @@
 """`make bench`: ratios of this machine, all from one run. Prints a table with targets and writes runs/bench.json.
 
-One file a family of workloads: layer.py (and peers.py), hooks.py, collectives.py, memory.py. How things are timed is in
+One file a family of workloads: layer.py (and peers.py), train_step.py, hooks.py,
+collectives.py, memory.py. How things are timed is in
 timing.py, targets are in report.py, what was learned on the way in NOTES.md. Commands of their own, for they take
 minutes: tests.bench.data, tests.bench.reweighting and the studies.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import collectives, hooks, layer, memory
+from tests.bench import collectives, hooks, layer, memory, train_step
 from tests.bench.report import Report
 from tests.bench.timing import keep_freed_memory
 
@@ -24,6 +25,7 @@ FAMILIES = {
     "hooks": hooks.measure,
     "collectives": collectives.measure,
     "layer": layer.measure,
+    "train_step": train_step.measure,
 }
 
 if __name__ == "__main__":
@@ -37,6 +39,5 @@ if __name__ == "__main__":
     for name in chosen:
         FAMILIES[name](report)
         sys.stderr.write(f"{name} done, {time.monotonic() - begin:.0f} s\n")
-    report.not_run("train_step/tokens_ratio", "no step-level bench yet")
     report.print(Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120))
     report.write(Path("runs/bench.json"))
