@@ -1,8 +1,8 @@
 """`train_step`: tokens a second of a whole optimizer step against transformers under DeepSpeed.
 
-One GLM-4-MoE of four layers in both, with the same weights, batches, ZeRO stage, fused AdamW and clipping. Theirs is in
-its best setting: grouped products, scaled-dot-product attention, a bare loop instead of Trainer. Ours has the bias hook.
-The losses of the first step are compared before anything is timed.
+One GLM-4-MoE of four layers in both, with the same weights, batches, ZeRO stage, fused AdamW and clipping. Theirs is
+in its best setting: grouped products, scaled-dot-product attention, a bare loop instead of Trainer. Ours has the bias
+hook. The losses of the first step are compared before anything is timed.
 """
 
 import torch
