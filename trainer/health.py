@@ -1,0 +1,298 @@
+"""Before training: can these ranks train together? A second here saves a night on a large cluster.
+
+Refused, with the rank and the host that differ: other versions, code or configuration (exit 2), links that lose or
+alter data, a rank that is silent (5), a run folder that is not shared or cannot hold one checkpoint (6). Warned of, or
+refused too with `strict`: a slow rank, unlike accelerators, clocks apart, little bandwidth, little disk. Every rank
+sees the same facts and comes to the same verdict, so no rank is left waiting for one that gave up.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import health_probes as probes
+from trainer import ranks
+from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageError
+
+_VISIBLE_WITHIN_S = 10.0  # caches of network file systems may hide a new file for some seconds
+_SPARE_FACTOR = 1.2  # a checkpoint's size is an estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What is checked before the first step."""
+
+    enabled: bool = True
+    """Look at ranks, links and storage before training."""
+    strict: bool = False
+    """End with exit code 5 (6 for disk space) for what is otherwise only a warning."""
+    slow_factor: float = 2.0
+    """A rank is slow whose matrix product takes this many times as long as the median rank's."""
+    max_clock_skew_s: float = 5.0
+    """Seconds that two nodes' clocks may lie apart."""
+    min_bandwidth_gb_s: float = 0.0
+    """Least bus bandwidth of an all-reduce and an all-to-all over all ranks; 0 only reports it."""
+
+    def problems(self) -> list[str]:
+        """Every inconsistency, one line each, beginning with the field's name."""
+        found = []
+        if not (math.isfinite(self.slow_factor) and self.slow_factor > 1):
+            found.append(f"slow_factor: {self.slow_factor} must be above 1, the median itself")
+        if not (math.isfinite(self.max_clock_skew_s) and self.max_clock_skew_s > 0):
+            found.append(f"max_clock_skew_s: {self.max_clock_skew_s} must be a positive number of seconds")
+        if not (math.isfinite(self.min_bandwidth_gb_s) and self.min_bandwidth_gb_s >= 0):
+            found.append(f"min_bandwidth_gb_s: {self.min_bandwidth_gb_s} must not be negative; 0 only reports")
+        return found
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found: numbers for the record, and warnings for a person."""
+
+    record: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The result in one line."""
+        record = self.record
+        parts = [f"{record['ranks']} ranks on {len(record['hosts'])} hosts ({record['accelerator']})"]
+        if "all_reduce_gb_s" in record:
+            parts.append(f"all-reduce {record['all_reduce_gb_s']:.2f} GB/s")
+            parts.append(f"all-to-all {record['all_to_all_gb_s']:.2f} GB/s")
+            parts.append(f"slowest rank {record['slowest_rank']} at {record['slowest_ratio']:.2f} x the median")
+            parts.append(f"clocks within {record['clock_skew_s'] * 1e3:.0f} ms")
+        parts.append(f"{record['free_gib']:.1f} GiB free for checkpoints of {record['checkpoint_gib']:.2g} GiB")
+        parts.append(f"checked in {record['seconds']:.1f} s")
+        return "health: " + ", ".join(parts)
+
+
+def check_health(
+    config: HealthConfig,
+    *,
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    checkpoint_bytes: float,
+    checkpoints_to_come: int,
+    timeout_s: float,
+) -> Health:
+    """Look at every rank; every rank calls it, with the process group started. `run_dir` exists.
+
+    `settings`: the configuration by full key. `checkpoint_bytes`: of one checkpoint, about; `checkpoints_to_come`: how
+    many more the folder must hold than it does now. Raises ConfigError, PeerLostError or StorageError, on every rank.
+    """
+    began = time.monotonic()
+    probes.roll_call(timeout_s)
+    device = ranks.device()
+    if ranks.is_main():
+        for left in run_dir.glob(".health-*"):  # by a start that was killed during this check
+            left.unlink(missing_ok=True)
+    token = ranks.broadcast_object(secrets.token_hex(8))
+    own_mark = run_dir / f".health-{token}-{ranks.rank()}"
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    try:
+        told = ranks.gather_objects(
+            {
+                "host": socket.gethostname(),
+                "facts": probes.facts(device),
+                "settings": digest,
+                "accelerator": probes.accelerator(device),
+                "storage": _leave_mark(own_mark) if ranks.local_rank() == 0 else "",
+            }
+        )
+        hosts = [each["host"] for each in told]
+        _refuse_unlike(hosts, [each["facts"] for each in told])
+        if len({each["settings"] for each in told}) > 1:
+            _refuse_settings(hosts, ranks.gather_objects(dict(settings)))
+        marked = [rank for rank, each in enumerate(told) if each["storage"] == "written"]
+        probes.links_hold(device)
+        measured = ranks.gather_objects(
+            {
+                "storage": told[ranks.rank()]["storage"],
+                "unseen": _unseen(run_dir, token, marked) if ranks.local_rank() == 0 else [],
+                "free": shutil.disk_usage(run_dir).free if run_dir.exists() else 0,
+                "clock": probes.clock(),  # a barrier: from here on all ranks work at the same time, as in a step
+                "matmul_s": probes.matmul_seconds(device),
+                **probes.bandwidths(device),
+            }
+        )
+    finally:
+        own_mark.unlink(missing_ok=True)
+    _refuse_storage(run_dir, hosts, measured, checkpoint_bytes)
+    record = _record(hosts, told[0]["accelerator"], measured, checkpoint_bytes)
+    warnings = [
+        *_unlike_accelerators(hosts, [each["accelerator"] for each in told]),
+        *_slow_ranks(hosts, [each["matmul_s"] for each in measured], config.slow_factor),
+        *_clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
+        *_little_bandwidth(record, config.min_bandwidth_gb_s),
+    ]
+    tight = _little_disk(run_dir, record, checkpoint_bytes, checkpoints_to_come)
+    if config.strict and (warnings or tight):
+        raise _alike((PeerLostError if warnings else StorageError)((warnings + tight)[0] + " (health.strict)"))
+    return Health(record | {"seconds": time.monotonic() - began}, warnings + tight)
+
+
+def _leave_mark(path: Path) -> str:
+    """`written`, or why this node cannot write to the run folder."""
+    try:
+        path.write_text(socket.gethostname())
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return "written"
+
+
+def _unseen(run_dir: Path, token: str, marked: Sequence[int]) -> list[int]:
+    """Ranks whose mark this node does not find, after giving a network file system some time to show it."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while True:
+        here = set(os.listdir(run_dir)) if run_dir.is_dir() else set()
+        missing = [rank for rank in marked if f".health-{token}-{rank}" not in here]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.05)
+
+
+def _refuse_unlike(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> None:
+    problems = []
+    for what in facts[0]:
+        values = [each.get(what, "none") for each in facts]
+        odd = odd_one_out(values)
+        if odd is not None:
+            problems.append(f"health: {what} is {_differs(odd, values, hosts)}; install the same everywhere")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _refuse_settings(hosts: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
+    problems = []
+    for key in sorted({key for each in settings for key in each}):
+        values = [json.dumps(each.get(key)) for each in settings]
+        odd = odd_one_out(values)
+        if odd is not None:
+            problems.append(
+                f"health: {key} is {_differs(odd, values, hosts)}; start every node with the same configuration"
+            )
+    raise ConfigError(*problems)
+
+
+def _refuse_storage(
+    run_dir: Path, hosts: Sequence[str], measured: Sequence[Mapping[str, Any]], checkpoint_bytes: float
+) -> None:
+    for rank, each in enumerate(measured):
+        if each["storage"] not in ("written", ""):
+            raise _alike(
+                StorageError(f"health: {_name(rank, hosts)} cannot write to {run_dir.absolute()} ({each['storage']})")
+            )
+        if each["unseen"]:
+            raise _alike(
+                StorageError(
+                    f"health: {_name(rank, hosts)} does not see in {run_dir.absolute()} what "
+                    f"{_name(each['unseen'][0], hosts)} wrote there; put run_dir on storage that all nodes share"
+                )
+            )
+    free = min(each["free"] for each in measured)
+    if free < _SPARE_FACTOR * checkpoint_bytes:
+        raise _alike(
+            StorageError(
+                f"health: {run_dir.absolute()} has {free / 2**30:.2f} GiB free, a checkpoint of this run takes about "
+                f"{checkpoint_bytes / 2**30:.2f}; free space or set another run_dir"
+            )
+        )
+
+
+def _unlike_accelerators(hosts: Sequence[str], names: Sequence[str]) -> list[str]:
+    odd = odd_one_out(names)
+    if odd is None:
+        return []
+    return [f"health: the accelerator is {_differs(odd, names, hosts)}; every step waits for the slower one"]
+
+
+def _slow_ranks(hosts: Sequence[str], seconds: Sequence[float], factor: float) -> list[str]:
+    typical = statistics.median_low(seconds)  # of two ranks the faster one
+    return [
+        f"health: {_name(rank, hosts)} is slow: a matrix product takes {each * 1e3:.1f} ms, {each / typical:.1f} times "
+        "the median; look for another job, throttling or a failing device there"
+        for rank, each in enumerate(seconds)
+        if each > factor * typical
+    ]
+
+
+def _clocks_apart(hosts: Sequence[str], clocks: Sequence[float], limit_s: float) -> list[str]:
+    typical = statistics.median_low(clocks)
+    worst = max(range(len(clocks)), key=lambda rank: abs(clocks[rank] - typical))
+    skew = clocks[worst] - typical
+    if abs(skew) <= limit_s:
+        return []
+    return [f"health: the clock of {_name(worst, hosts)} is {skew:+.1f} s off the median; synchronise it (NTP)"]
+
+
+def _little_bandwidth(record: Mapping[str, Any], least_gb_s: float) -> list[str]:
+    return [
+        f"health: {what} runs at {record[key]:.2f} GB/s over all ranks, less than health.min_bandwidth_gb_s "
+        f"{least_gb_s:g}; look at NCCL_DEBUG=INFO for the interface it chose"
+        for what, key in (("all-reduce", "all_reduce_gb_s"), ("all-to-all", "all_to_all_gb_s"))
+        if key in record and record[key] < least_gb_s
+    ]
+
+
+def _little_disk(run_dir: Path, record: Mapping[str, Any], checkpoint_bytes: float, count: int) -> list[str]:
+    if record["free_gib"] * 2**30 >= count * checkpoint_bytes:
+        return []
+    return [
+        f"health: {run_dir} has {record['free_gib']:.2f} GiB free, {count} more checkpoints of about "
+        f"{record['checkpoint_gib']:.2f} GiB will not fit; free space or lower checkpoint.keep"
+    ]
+
+
+def _record(
+    hosts: Sequence[str], accelerator: str, measured: Sequence[Mapping[str, Any]], checkpoint_bytes: float
+) -> dict[str, Any]:
+    seconds = [each["matmul_s"] for each in measured]
+    clocks = [each["clock"] for each in measured]
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    return {
+        "ranks": len(hosts),
+        "hosts": sorted(set(hosts)),
+        "accelerator": accelerator,
+        "matmul_s": seconds,
+        "slowest_rank": slowest,
+        "slowest_ratio": seconds[slowest] / statistics.median_low(seconds),
+        "clock_skew_s": max(clocks) - min(clocks),
+        "free_gib": min(each["free"] for each in measured) / 2**30,
+        "checkpoint_gib": checkpoint_bytes / 2**30,
+    } | {key: min(each[key] for each in measured) for key in measured[0] if key.endswith("_gb_s")}
+
+
+def odd_one_out(values: Sequence[str]) -> tuple[int, int] | None:
+    """(first rank whose value is not the most frequent one, first rank whose value is); None if all are alike.
+
+    Where two values are equally frequent, that of the lowest rank counts as the usual one.
+    """
+    usual = Counter(values).most_common(1)[0][0]
+    odd = next((rank for rank, value in enumerate(values) if value != usual), None)
+    return None if odd is None else (odd, values.index(usual))
+
+
+def _differs(pair: tuple[int, int], values: Sequence[str], hosts: Sequence[str]) -> str:
+    odd, usual = pair
+    return f"{values[odd]} on {_name(odd, hosts)} but {values[usual]} on {_name(usual, hosts)}"
+
+
+def _name(rank: int, hosts: Sequence[str]) -> str:
+    return f"rank {rank} ({hosts[rank]})"
+
+
+def _alike(error: EvenkeelError) -> EvenkeelError:
+    """Marks an error that every rank raises, so that one of them says it."""
+    error.is_everywhere = True
+    return error
