@@ -57,12 +57,15 @@ def _require_shared(plan: Plan, options: KubernetesOptions) -> None:
         raise ConfigError("--volume: none is given, and pods share nothing else; name one as CLAIM:/path")
     mounts = [PurePosixPath(path) for _, path in options.volumes]
     problems = []
-    for key, folder in (("run_dir", plan.config.folder), ("data.path", plan.config.data.path)):
+    folders = {"run_dir": plan.config.folder, "data.path": plan.config.data.path, "init_from": plan.config.init_from}
+    for key, folder in folders.items():
+        if not folder:
+            continue
         where = PurePosixPath(plan.workdir) / folder
         if ".." in where.parts or not any(where.is_relative_to(mount) for mount in mounts):
             problems.append(
-                f"{key}: {where} is on none of the volumes ({', '.join(map(str, mounts))}), so it would be lost with its "
-                f"pod; set {key} to a path there"
+                f"{key}: {where} is on none of the volumes ({', '.join(map(str, mounts))}), so it would be lost with "
+                f"its pod; set {key} to a path there"
             )
     if problems:
         raise ConfigError(*problems)
@@ -84,7 +87,7 @@ def _replica(plan: Plan, options: KubernetesOptions, name: str, count: int, *, i
         "volumeMounts": [
             *mounts,
             {"name": "config", "mountPath": _CONFIG_FOLDER},
-            {"name": "shared-memory", "mountPath": "/dev/shm"},
+            {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108  # NCCL and data workers
         ],
     } | ({"resources": {"limits": {"nvidia.com/gpu": plan.ranks_per_node}}} if plan.has_gpus else {})
     return {
@@ -114,7 +117,7 @@ trap 'interrupted=1; kill -TERM "$child"' TERM
 {agent} &
 child=$!
 {WAIT_FOR_CHILD}
-# The operator takes 128 and above for worth another try and anything below for final (restartPolicy: ExitCode).
+# The operator tries 128 and above again and takes anything below for final (restartPolicy: ExitCode).
 # 75: asked to stop, and saved. 5: another pod was lost.
 case $code in
     5 | 75) exit 138 ;;

@@ -83,7 +83,7 @@ class Plan:
         return found | dict(self.env)
 
     def agent(self, *, run_id: str, endpoint: str, is_host: str, local_addr: str) -> str:
-        """Bash for one node's agent and its ranks, over several lines; arguments are shell words (quoted by the caller).
+        """Bash for one node's agent and its ranks, over several lines. Arguments are shell words, already quoted.
 
         `endpoint`: host of the first node. `is_host`: true there, false elsewhere; left to itself torchrun guesses from
         host names, and is wrong where a node has several. `local_addr`: how the others reach this node.

@@ -41,7 +41,7 @@ def batch_script(plan: Plan, options: SlurmOptions) -> str:
     )
     return f"""\
 #!/bin/bash
-# {plan.config.name} on {plan.nodes} nodes with {plan.ranks_per_node} ranks each. Written by python -m launch.cluster slurm.
+# {plan.nodes} nodes, {plan.ranks_per_node} ranks on each. Written by python -m launch.cluster slurm; start with sbatch.
 {"".join(f"#SBATCH --{each}{chr(10)}" for each in directives)}
 set -euo pipefail
 cd {shlex.quote(plan.workdir)}
@@ -59,7 +59,7 @@ node() {{
 # {plan.grace_s} s before the time limit Slurm tells this shell, and this shell the agents (srun itself would kill them
 # at SIGTERM). They save and end with exit code 75. A job that is cancelled gets SIGTERM and is not started again.
 out_of_time='' cancelled='' interrupted=''
-trap 'out_of_time=1; interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'out_of_time=1; interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
 trap 'cancelled=1; interrupted=1' TERM
 
 srun --label --kill-on-bad-exit=0 bash -c "$(declare -f node); node" &
@@ -79,8 +79,6 @@ if [[ $again && ! $cancelled ]]; then
 fi
 exit "$code"
 """
-
-
 
 
 def _indent(text: str) -> str:

@@ -1,6 +1,5 @@
 """Starting a job with nothing but ssh, on the hosts of a DeepSpeed hostfile (`host slots=N`, a line each)."""
 
-import os
 import re
 import shlex
 import signal
@@ -14,7 +13,7 @@ from types import FrameType
 
 from launch._cluster_plan import WAIT_FOR_CHILD, Plan
 from launch.torchrun import cause
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, PeerLostError
 
 _LINE = re.compile(r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.@-]*)\s+slots=(?P<slots>\d+)")
 _SSH_FAILED = 255
@@ -70,6 +69,11 @@ def commands(plan: Plan, hosts: Sequence[Host], interface: str) -> list[list[str
     return [["ssh", host.name, f"bash -c {shlex.quote(_remote(plan, hosts, host, interface))}"] for host in hosts]
 
 
+def display(lines: Sequence[Sequence[str]], hosts: Sequence[Host]) -> str:
+    """The commands as a person pastes them, each into a terminal of its own."""
+    return "".join(f"# {host.name}\n{shlex.join(words)}\n\n" for host, words in zip(hosts, lines, strict=True))
+
+
 def _remote(plan: Plan, hosts: Sequence[Host], host: Host, interface: str) -> str:
     agent = plan.agent(
         run_id=f"ssh-{plan.port}",
@@ -83,11 +87,16 @@ cd {shlex.quote(plan.workdir)} || exit 6
 {plan.exports(interface)}exec 3<&0
 {agent} </dev/null 3<&- &
 child=$!
-{{ cat <&3 >/dev/null; kill -TERM "$child"; }} 2>/dev/null &
+(
+    while read -r -u 3; do :; done
+    echo "standard input is closed: the ranks are asked to save and stop" >&2
+    kill -TERM "$child"
+) &
 watch=$!
+exec 3<&-
 interrupted=
 trap 'interrupted=1; kill -TERM "$child"' TERM HUP
-{WAIT_FOR_CHILD}pkill -P "$watch" 2>/dev/null; kill "$watch" 2>/dev/null
+{WAIT_FOR_CHILD}kill "$watch" 2>/dev/null
 exit "$code"
 """
 
@@ -127,9 +136,12 @@ def run(plan: Plan, hosts: Sequence[Host], interface: str) -> int:
         thread.start()
     for thread in threads:
         thread.join()
+    stop()
     for number, handler in previous.items():
         signal.signal(number, handler)
     unreachable = [host.name for host, code in zip(hosts, codes, strict=True) if code == _SSH_FAILED]
     if unreachable:
-        sys.stderr.write(f"error: ssh to {', '.join(unreachable)} failed (see above); is it in known_hosts, with a key?\n")
-    return cause([5 if code in (_SSH_FAILED, -os.EX_OK) else code for code in codes]) if any(codes) else 0
+        sys.stderr.write(
+            f"error: ssh to {', '.join(unreachable)} failed (see above); is it in known_hosts, with a key?\n"
+        )
+    return cause([PeerLostError.exit_code if code == _SSH_FAILED else code for code in codes]) if any(codes) else 0

@@ -8,7 +8,6 @@ makes a warning an error. Under torchrun start it on every node exactly as the t
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
