@@ -55,3 +55,39 @@ def test_a_node_that_comes_back_resumes_the_run(
     assert [start["hosts"] for start in starts] == [["node-a", "node-b"]] * 2
     assert starts[0]["ranks"] == 2
     assert not processes_of(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(31, "the node of the rendezvous killed")
+def test_without_the_first_node_the_others_end_with_5(
+    nodes: list[Node], two_ranks: Reference, record_property: Record
+) -> None:
+    first, second = nodes
+    run_dir = two_ranks.config.parent / "first node lost"
+    struck = Agent(first, two_ranks.config, run_dir, nodes=nodes, fault="sleep=5@0:7:forward")
+    survivor = Agent(second, two_ranks.config, run_dir, nodes=nodes)
+    struck.when("fault:")
+    before = time.monotonic()
+    struck.send(signal.SIGKILL)
+    assert struck.end() == -signal.SIGKILL
+    assert survivor.end() == 5, survivor.log[-3000:]
+    record_property("detected_in", time.monotonic() - before)
+    record_property("steps_lost", lost_steps(run_dir))
+    assert any(line.startswith("error: rendezvous at 10.213.7.1") for line in survivor.errors), survivor.log[-3000:]
+    again = [Agent(node, two_ranks.config, run_dir, nodes=nodes) for node in nodes]
+    assert [job.end() for job in again] == [0, 0], again[0].log[-3000:]
+    assert_same_run(run_dir, two_ranks.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(31, "one node asked to stop")
+def test_sigterm_to_one_node_saves_on_all(nodes: list[Node], two_ranks: Reference) -> None:
+    first, second = nodes
+    run_dir = two_ranks.config.parent / "one node stops"
+    stays = Agent(first, two_ranks.config, run_dir, nodes=nodes, max_restarts=0)
+    goes = Agent(second, two_ranks.config, run_dir, nodes=nodes, max_restarts=0, fault="sleep=2@1:7:forward")
+    goes.when("fault:")
+    goes.send(signal.SIGUSR1)
+    assert [goes.end(), stays.end()] == [75, 75], goes.log[-3000:]
+    assert lost_steps(run_dir) == 0
+    assert checkpoints(run_dir)[-1] in (7, 8)
