@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,20 +121,21 @@ def check_health(
             {
                 "storage": told[ranks.rank()]["storage"],
                 "unseen": _unseen(run_dir, token, marked) if ranks.local_rank() == 0 else [],
-                "free": shutil.disk_usage(run_dir).free if run_dir.exists() else 0,
+                "free": _free_bytes(run_dir),
                 "clock": probes.clock(),  # a barrier: from here on all ranks work at the same time, as in a step
                 "matmul_s": probes.matmul_seconds(device),
                 **probes.bandwidths(device),
             }
         )
     finally:
-        own_mark.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been written, and the verdict says why
+            own_mark.unlink()
     _refuse_storage(run_dir, hosts, measured, checkpoint_bytes)
     record = _record(hosts, told[0]["accelerator"], measured, checkpoint_bytes)
     warnings = [
         *_unlike_accelerators(hosts, [each["accelerator"] for each in told]),
-        *_slow_ranks(hosts, [each["matmul_s"] for each in measured], config.slow_factor),
-        *_clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
+        *slow_ranks(hosts, [each["matmul_s"] for each in measured], config.slow_factor),
+        *clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
         *_little_bandwidth(record, config.min_bandwidth_gb_s),
     ]
     tight = _little_disk(run_dir, record, checkpoint_bytes, checkpoints_to_come)
@@ -160,6 +162,12 @@ def _unseen(run_dir: Path, token: str, marked: Sequence[int]) -> list[int]:
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(0.05)
+
+
+def _free_bytes(folder: Path) -> int:
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return 0
 
 
 def _refuse_unlike(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> None:
@@ -217,7 +225,7 @@ def _unlike_accelerators(hosts: Sequence[str], names: Sequence[str]) -> list[str
     return [f"health: the accelerator is {_differs(odd, names, hosts)}; every step waits for the slower one"]
 
 
-def _slow_ranks(hosts: Sequence[str], seconds: Sequence[float], factor: float) -> list[str]:
+def slow_ranks(hosts: Sequence[str], seconds: Sequence[float], factor: float) -> list[str]:
     typical = statistics.median_low(seconds)  # of two ranks the faster one
     return [
         f"health: {_name(rank, hosts)} is slow: a matrix product takes {each * 1e3:.1f} ms, {each / typical:.1f} times "
@@ -227,7 +235,7 @@ def _slow_ranks(hosts: Sequence[str], seconds: Sequence[float], factor: float) -
     ]
 
 
-def _clocks_apart(hosts: Sequence[str], clocks: Sequence[float], limit_s: float) -> list[str]:
+def clocks_apart(hosts: Sequence[str], clocks: Sequence[float], limit_s: float) -> list[str]:
     typical = statistics.median_low(clocks)
     worst = max(range(len(clocks)), key=lambda rank: abs(clocks[rank] - typical))
     skew = clocks[worst] - typical
