@@ -52,9 +52,9 @@ class Plan:
     def problems(self) -> list[str]:
         """What cannot be launched, one line each."""
         found = []
-        for name in ("nodes", "ranks_per_node", "join_timeout_s", "grace_s"):
-            if getattr(self, name) < 1:
-                found.append(f"{_option(name)}: {getattr(self, name)} must be at least 1")
+        for option, value in (("--join-timeout", self.join_timeout_s), ("--grace", self.grace_s)):
+            if value < 1:
+                found.append(f"{option}: {value} must be at least 1 second")
         if self.max_restarts < 0:
             found.append(f"--max-restarts: {self.max_restarts} is negative; use 0 to end at the first failure")
         if not 1024 <= self.port <= 65535:
@@ -132,9 +132,3 @@ def parse_env(items: Sequence[str]) -> dict[str, str]:
         if "=" not in item:
             raise ConfigError(f"--env: '{item}' is not of the form NAME=VALUE")
     return dict(item.split("=", 1) for item in items)
-
-
-def _option(name: str) -> str:
-    return {"ranks_per_node": "--gpus-per-node", "join_timeout_s": "--join-timeout", "grace_s": "--grace"}.get(
-        name, f"--{name.replace('_', '-')}"
-    )

@@ -12,6 +12,7 @@ configuration for nodes x ranks first (exit code 2 with every problem), and save
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.loader import load_run_config
@@ -19,7 +20,7 @@ from launch._cli import run_command
 from launch._cluster_k8s import CONFIG_PATH, KubernetesOptions, manifest
 from launch._cluster_plan import Plan, parse_env
 from launch._cluster_slurm import SlurmOptions, batch_script
-from launch._cluster_ssh import commands, display, read_hostfile, run
+from launch._cluster_ssh import Host, commands, display, read_hostfile, run
 from trainer.errors import ConfigError, StorageError
 
 KINDS = ("slurm", "k8s", "ssh")
@@ -38,15 +39,27 @@ def main(argv: list[str]) -> int:
     arguments = _parser(kind).parse_intermixed_args(argv[1:])
 
     hosts = read_hostfile(Path(arguments.hostfile)) if kind == "ssh" else []
-    nodes = len(hosts) or arguments.nodes
+    plan = _plan(kind, arguments, hosts)
+    if kind == "slurm":
+        return _write(batch_script(plan, _slurm(arguments)), arguments.out)
+    if kind == "k8s":
+        return _write(manifest(plan, _kubernetes(arguments)), arguments.out)
+    if arguments.run:
+        return run(plan, hosts, arguments.interface)
+    return _write(display(commands(plan, hosts, arguments.interface), hosts), arguments.out)
+
+
+def _plan(kind: str, arguments: argparse.Namespace, hosts: Sequence[Host]) -> Plan:
     if hosts:
-        ranks_per_node, has_gpus = hosts[0].slots, not arguments.cpu
+        nodes, ranks_per_node, has_gpus = len(hosts), hosts[0].slots, not arguments.cpu
     else:
-        ranks_per_node = arguments.cpu_ranks_per_node or arguments.gpus_per_node
-        has_gpus = not arguments.cpu_ranks_per_node
-    config = load_run_config(arguments.config, arguments.overrides, world_size=max(nodes, 1) * max(ranks_per_node, 1))
+        nodes, has_gpus = arguments.nodes, arguments.cpu_ranks_per_node is None
+        ranks_per_node = arguments.gpus_per_node if has_gpus else arguments.cpu_ranks_per_node
+    for option, value in (("--nodes", nodes), ("ranks of a node", ranks_per_node)):
+        if value < 1:
+            raise ConfigError(f"{option}: {value} must be at least 1")
     plan = Plan(
-        config=config,
+        config=load_run_config(arguments.config, arguments.overrides, world_size=nodes * ranks_per_node),
         train_words=(CONFIG_PATH,) if kind == "k8s" else (arguments.config, *arguments.overrides),
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -62,27 +75,26 @@ def main(argv: list[str]) -> int:
     problems = plan.problems()
     if problems:
         raise ConfigError(*problems)
+    return plan
 
-    if kind == "slurm":
-        options = SlurmOptions(
-            time=arguments.time,
-            interface=arguments.interface,
-            setup=tuple(arguments.setup),
-            directives=tuple(arguments.sbatch),
-        )
-        return _write(batch_script(plan, options), arguments.out)
-    if kind == "k8s":
-        settings = KubernetesOptions(
-            image=arguments.image,
-            namespace=arguments.namespace,
-            volumes=_volumes(arguments.volume),
-            wandb_secret=arguments.wandb_secret,
-            interface=arguments.interface,
-        )
-        return _write(manifest(plan, settings), arguments.out)
-    if arguments.run:
-        return run(plan, hosts, arguments.interface)
-    return _write(display(commands(plan, hosts, arguments.interface), hosts), arguments.out)
+
+def _slurm(arguments: argparse.Namespace) -> SlurmOptions:
+    return SlurmOptions(
+        time=arguments.time,
+        interface=arguments.interface,
+        setup=tuple(arguments.setup),
+        directives=tuple(arguments.sbatch),
+    )
+
+
+def _kubernetes(arguments: argparse.Namespace) -> KubernetesOptions:
+    return KubernetesOptions(
+        image=arguments.image,
+        namespace=arguments.namespace,
+        volumes=_volumes(arguments.volume),
+        wandb_secret=arguments.wandb_secret,
+        interface=arguments.interface,
+    )
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
@@ -105,9 +117,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("--nodes", type=int, required=True, metavar="N", help="how many nodes")
         ranks = parser.add_mutually_exclusive_group()
         ranks.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs of a node, a rank each")
-        ranks.add_argument(
-            "--cpu-ranks-per-node", type=int, default=0, metavar="R", help="ranks of a node without GPUs"
-        )
+        ranks.add_argument("--cpu-ranks-per-node", type=int, metavar="R", help="ranks of a node without GPUs")
     add("--out", default="-", metavar="FILE", help="where to write; - is standard output")
     add("--port", type=int, default=29500, help="of the rendezvous, on the first node")
     add("--max-restarts", type=int, default=3, metavar="N", help="how often ranks are started again when one fails")
