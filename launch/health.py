@@ -57,16 +57,12 @@ def main(argv: list[str]) -> int:
 
 def examine(config: RunConfig, vocab_size: int) -> Health:
     """The checks of a run, in its folder; every rank calls it. Raises ConfigError, PeerLostError or StorageError."""
-    run_dir = Path(config.folder)
-    # One rank counts: another's view of a network file system may be older, and all must come to the same verdict.
-    saved = ranks.broadcast_object(len(list((run_dir / "checkpoints").glob("step-*"))))
     return check_health(
         config.health,
-        run_dir=run_dir,
+        run_dir=Path(config.folder),
         settings={leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")},
         checkpoint_bytes=checkpoint_bytes(config, vocab_size),
-        checkpoints_to_come=max(config.checkpoint.keep + 1 - saved, 1),  # the oldest goes when the newest is there
-        timeout_s=config.engine.collective_timeout_s,
+        keep=config.checkpoint.keep,
     )
 
 

@@ -84,21 +84,20 @@ def check_health(
     run_dir: Path,
     settings: Mapping[str, Any],
     checkpoint_bytes: float,
-    checkpoints_to_come: int,
-    timeout_s: float,
+    keep: int,
 ) -> Health:
     """Look at every rank; every rank calls it, with the process group started. `run_dir` exists.
 
-    `settings`: the configuration by full key. `checkpoint_bytes`: of one checkpoint, about; `checkpoints_to_come`: how
-    many more the folder must hold than it does now. Raises ConfigError, PeerLostError or StorageError, on every rank.
+    `settings`: the configuration by full key. `checkpoint_bytes`: of one checkpoint, about; `keep`: how many the folder
+    is to hold. Raises ConfigError, PeerLostError or StorageError, on every rank.
     """
     began = time.monotonic()
-    probes.roll_call(timeout_s)
     device = ranks.device()
     if ranks.is_main():
         for left in run_dir.glob(".health-*"):  # by a start that was killed during this check
             left.unlink(missing_ok=True)
-    token = ranks.broadcast_object(secrets.token_hex(8))
+    # One rank counts: another's view of a network file system may be older, and all must come to the same verdict.
+    token, saved = ranks.broadcast_object((secrets.token_hex(8), len(list(run_dir.glob("checkpoints/step-*")))))
     own_mark = run_dir / f".health-{token}-{ranks.rank()}"
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     try:
@@ -138,7 +137,8 @@ def check_health(
         *clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
         *_little_bandwidth(record, config.min_bandwidth_gb_s),
     ]
-    tight = _little_disk(run_dir, record, checkpoint_bytes, checkpoints_to_come)
+    # The oldest goes when the newest is there.
+    tight = _little_disk(run_dir, record, checkpoint_bytes, max(keep + 1 - saved, 1))
     if config.strict and (warnings or tight):
         raise _alike((PeerLostError if warnings else StorageError)((warnings + tight)[0] + " (health.strict)"))
     return Health(record | {"seconds": time.monotonic() - began}, warnings + tight)

@@ -13,7 +13,6 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,6 @@ from trainer.errors import PeerLostError
 
 _PACKAGES = ("trainer", "moe", "reweighting", "configs", "launch")
 _REPEATS = 9  # a median of nine shrugs off four interruptions
-
-
-def roll_call(timeout_s: float) -> None:
-    """Wait for every rank, one by one, so that one that is silent can be named; a collective only says that one is.
-
-    Raises PeerLostError on rank 0. The others go on, and notice at the next collective that rank 0 is gone.
-    """
-    if ranks.world_size() == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"evenkeel/roll-call/{ranks.rank()}", socket.gethostname())
-    if not ranks.is_main():
-        return
-    deadline = time.monotonic() + timeout_s
-    missing = []
-    for rank in range(ranks.world_size()):
-        left = max(deadline - time.monotonic(), 0.001)
-        try:
-            store.wait([f"evenkeel/roll-call/{rank}"], timedelta(seconds=left))
-        except RuntimeError:  # torch's DistStoreError: the key did not come in time
-            missing.append(str(rank))
-    if missing:
-        raise PeerLostError(
-            f"health: rank {', '.join(missing)} of {ranks.world_size()} joined but does not answer within "
-            f"{timeout_s:g} s; look at the log of that node"
-        )
 
 
 def facts(device: torch.device) -> dict[str, str]:

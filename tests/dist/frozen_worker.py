@@ -1,10 +1,11 @@
-"""`launch.health` of which rank 1 freezes when the group has started."""
+"""`launch.train` of which rank 1 freezes when the group has started."""
 
 import os
 import signal
 import sys
 
-import launch.health
+import launch.train
+import trainer.process_group
 from launch._cli import run_command
 from trainer import ranks
 
@@ -15,5 +16,5 @@ def _freeze(*arguments: object) -> None:
 
 if __name__ == "__main__":
     if ranks.rank() == 1:
-        launch.health.examine = _freeze  # type: ignore[assignment]
-    sys.exit(run_command(launch.health.main))
+        trainer.process_group._roll_call = _freeze  # type: ignore[assignment]
+    sys.exit(run_command(launch.train.main))

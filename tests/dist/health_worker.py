@@ -30,7 +30,7 @@ def case(config: HealthConfig = CALM, **differing: Any) -> dict[str, Any]:
     """One check; what came of it on this rank."""
     arguments = {
         "run_dir": FOLDER / "run", "settings": {"train.steps": 12, "seed": 1}, "checkpoint_bytes": 1e6,
-        "checkpoints_to_come": 3, "timeout_s": 30.0,
+        "keep": 2,
     } | differing  # fmt: skip
     try:
         health = check_health(config, **arguments)

@@ -116,4 +116,4 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, data_config: DataC
     config = tiny_config(tmp_path, data_config, engine={"collective_timeout_s": 8.0})
     done = run("tests.dist.frozen_worker", str(config), ranks=2)
     assert done.returncode == 5, done.stderr[-3000:]
-    assert "health: rank 1 of 2 joined but does not answer within 8 s" in done.stderr
+    assert "process group: rank 1 of 2 joined but does not answer within 8 s" in done.stderr
