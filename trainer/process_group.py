@@ -21,7 +21,7 @@ from trainer.errors import PeerLostError
 def start_process_group(timeout_s: float) -> None:
     """Join the group that torchrun described in the environment, and hand it to DeepSpeed.
 
-    `timeout_s`: how long a collective waits for a silent peer before this rank gives up. Raises PeerLostError if one is silent.
+    `timeout_s`: how long a collective waits for a silent peer before this rank gives up. Raises PeerLostError for one.
     """
     _die_with_launcher()
     device = ranks.device()
