@@ -43,7 +43,7 @@ class Agent(Job):
 
     def __init__(
         self, node: Node, config: Path, run_dir: Path, *overrides: str, nodes: "list[Node]", ranks: int = 1,
-        max_restarts: int = 2, fault: str = "", module: str = "tests.faults.worker", **env: str,
+        max_restarts: int = 2, join_timeout: int = 90, fault: str = "",
     ) -> None:  # fmt: skip
         self._node = node
         is_host = str(node == nodes[0]).lower()
@@ -51,11 +51,11 @@ class Agent(Job):
             sys.executable, "-m", "launch.torchrun", f"--nnodes={len(nodes)}", f"--nproc-per-node={ranks}",
             "--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint={nodes[0].address}:{PORT}",
             # A node that is gone is given up after three seconds instead of fifteen.
-            f"--rdzv-conf=is_host={is_host},join_timeout=90,keep_alive_interval=1",
+            f"--rdzv-conf=is_host={is_host},join_timeout={join_timeout},keep_alive_interval=1",
             f"--local-addr={node.address}", f"--max-restarts={max_restarts}",
-            "-m", module, str(config), f"run_dir={run_dir}", *overrides,
+            "-m", "tests.faults.worker", str(config), f"run_dir={run_dir}", *overrides,
         )  # fmt: skip
-        self._start(line, run_dir, environment(FAULT=fault, GLOO_SOCKET_IFNAME=INTERFACE, **env))
+        self._start(line, run_dir, environment(FAULT=fault, GLOO_SOCKET_IFNAME=INTERFACE))
 
     def left(self) -> list[str]:
         """Processes of this node alone."""

@@ -91,3 +91,21 @@ def test_sigterm_to_one_node_saves_on_all(nodes: list[Node], two_ranks: Referenc
     assert [goes.end(), stays.end()] == [75, 75], goes.log[-3000:]
     assert lost_steps(run_dir) == 0
     assert checkpoints(run_dir)[-1] in (7, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(31, "a node that never comes back")
+def test_the_others_do_not_wait_forever(nodes: list[Node], two_ranks: Reference, record_property: Record) -> None:
+    first, second = nodes
+    run_dir = two_ranks.config.parent / "alone"
+    survivor = Agent(first, two_ranks.config, run_dir, nodes=nodes, join_timeout=30)
+    struck = Agent(
+        second, two_ranks.config, run_dir, nodes=nodes, join_timeout=20, fault="kill@1:7:forward,sleep=9@1:7:loss"
+    )
+    struck.when("fault:")
+    before = time.monotonic()
+    struck.send(signal.SIGKILL)
+    assert survivor.end() == 5, survivor.log[-3000:]
+    record_property("detected_in", time.monotonic() - before)
+    assert any(line.startswith("error: rendezvous at 10.213.7.1") for line in survivor.errors), survivor.log[-3000:]
+    assert checkpoints(run_dir)[-1] == 6
