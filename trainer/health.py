@@ -15,7 +15,6 @@ import shutil
 import socket
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer import health_probes as probes
+from trainer import health_verdicts as verdicts
 from trainer import ranks
-from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageError
 
 _VISIBLE_WITHIN_S = 10.0  # caches of network file systems may hide a new file for some seconds
-_SPARE_FACTOR = 1.2  # a checkpoint's size is an estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +109,9 @@ def check_health(
             }
         )
         hosts = [each["host"] for each in told]
-        _refuse_unlike(hosts, [each["facts"] for each in told])
+        verdicts.refuse_unlike(hosts, [each["facts"] for each in told])
         if len({each["settings"] for each in told}) > 1:
-            _refuse_settings(hosts, ranks.gather_objects(dict(settings)))
+            verdicts.refuse_settings(hosts, ranks.gather_objects(dict(settings)))
         marked = [rank for rank, each in enumerate(told) if each["storage"] == "written"]
         probes.links_hold(device)
         measured = ranks.gather_objects(
@@ -129,18 +127,18 @@ def check_health(
     finally:
         with suppress(OSError):  # it may never have been written, and the verdict says why
             own_mark.unlink()
-    _refuse_storage(run_dir, hosts, measured, checkpoint_bytes)
+    verdicts.refuse_storage(run_dir, hosts, measured, checkpoint_bytes)
     record = _record(hosts, told[0]["accelerator"], measured, checkpoint_bytes)
     warnings = [
-        *_unlike_accelerators(hosts, [each["accelerator"] for each in told]),
-        *slow_ranks(hosts, [each["matmul_s"] for each in measured], config.slow_factor),
-        *clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
-        *_little_bandwidth(record, config.min_bandwidth_gb_s),
+        *verdicts.unlike_accelerators(hosts, [each["accelerator"] for each in told]),
+        *verdicts.slow_ranks(hosts, [each["matmul_s"] for each in measured], config.slow_factor),
+        *verdicts.clocks_apart(hosts, [each["clock"] for each in measured], config.max_clock_skew_s),
+        *verdicts.little_bandwidth(record, config.min_bandwidth_gb_s),
     ]
     # The oldest goes when the newest is there.
-    tight = _little_disk(run_dir, record, checkpoint_bytes, max(keep + 1 - saved, 1))
-    if config.strict and (warnings or tight):
-        raise _alike((PeerLostError if warnings else StorageError)((warnings + tight)[0] + " (health.strict)"))
+    tight = verdicts.little_disk(run_dir, record, checkpoint_bytes, max(keep + 1 - saved, 1))
+    if config.strict:
+        verdicts.refuse_warnings(warnings, tight)
     return Health(record | {"seconds": time.monotonic() - began}, warnings + tight)
 
 
@@ -170,98 +168,6 @@ def _free_bytes(folder: Path) -> int:
     return 0
 
 
-def _refuse_unlike(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> None:
-    problems = []
-    for what in facts[0]:
-        values = [each.get(what, "none") for each in facts]
-        odd = odd_one_out(values)
-        if odd is not None:
-            problems.append(f"health: {what} is {_differs(odd, values, hosts)}; install the same everywhere")
-    if problems:
-        raise ConfigError(*problems)
-
-
-def _refuse_settings(hosts: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
-    problems = []
-    for key in sorted({key for each in settings for key in each}):
-        values = [json.dumps(each.get(key)) for each in settings]
-        odd = odd_one_out(values)
-        if odd is not None:
-            problems.append(
-                f"health: {key} is {_differs(odd, values, hosts)}; start every node with the same configuration"
-            )
-    raise ConfigError(*problems)
-
-
-def _refuse_storage(
-    run_dir: Path, hosts: Sequence[str], measured: Sequence[Mapping[str, Any]], checkpoint_bytes: float
-) -> None:
-    for rank, each in enumerate(measured):
-        if each["storage"] not in ("written", ""):
-            raise _alike(
-                StorageError(f"health: {_name(rank, hosts)} cannot write to {run_dir.absolute()} ({each['storage']})")
-            )
-        if each["unseen"]:
-            raise _alike(
-                StorageError(
-                    f"health: {_name(rank, hosts)} does not see in {run_dir.absolute()} what "
-                    f"{_name(each['unseen'][0], hosts)} wrote there; put run_dir on storage that all nodes share"
-                )
-            )
-    free = min(each["free"] for each in measured)
-    if free < _SPARE_FACTOR * checkpoint_bytes:
-        raise _alike(
-            StorageError(
-                f"health: {run_dir.absolute()} has {free / 2**30:.2f} GiB free, a checkpoint of this run takes about "
-                f"{checkpoint_bytes / 2**30:.2f}; free space or set another run_dir"
-            )
-        )
-
-
-def _unlike_accelerators(hosts: Sequence[str], names: Sequence[str]) -> list[str]:
-    odd = odd_one_out(names)
-    if odd is None:
-        return []
-    return [f"health: the accelerator is {_differs(odd, names, hosts)}; every step waits for the slower one"]
-
-
-def slow_ranks(hosts: Sequence[str], seconds: Sequence[float], factor: float) -> list[str]:
-    typical = statistics.median_low(seconds)  # of two ranks the faster one
-    return [
-        f"health: {_name(rank, hosts)} is slow: a matrix product takes {each * 1e3:.1f} ms, {each / typical:.1f} times "
-        "the median; look for another job, throttling or a failing device there"
-        for rank, each in enumerate(seconds)
-        if each > factor * typical
-    ]
-
-
-def clocks_apart(hosts: Sequence[str], clocks: Sequence[float], limit_s: float) -> list[str]:
-    typical = statistics.median_low(clocks)
-    worst = max(range(len(clocks)), key=lambda rank: abs(clocks[rank] - typical))
-    skew = clocks[worst] - typical
-    if abs(skew) <= limit_s:
-        return []
-    return [f"health: the clock of {_name(worst, hosts)} is {skew:+.1f} s off the median; synchronise it (NTP)"]
-
-
-def _little_bandwidth(record: Mapping[str, Any], least_gb_s: float) -> list[str]:
-    return [
-        f"health: {what} runs at {record[key]:.2f} GB/s over all ranks, less than health.min_bandwidth_gb_s "
-        f"{least_gb_s:g}; look at NCCL_DEBUG=INFO for the interface it chose"
-        for what, key in (("all-reduce", "all_reduce_gb_s"), ("all-to-all", "all_to_all_gb_s"))
-        if key in record and record[key] < least_gb_s
-    ]
-
-
-def _little_disk(run_dir: Path, record: Mapping[str, Any], checkpoint_bytes: float, count: int) -> list[str]:
-    if record["free_gib"] * 2**30 >= count * checkpoint_bytes:
-        return []
-    return [
-        f"health: {run_dir} has {record['free_gib']:.2f} GiB free, {count} more checkpoints of about "
-        f"{record['checkpoint_gib']:.2f} GiB will not fit; free space or lower checkpoint.keep"
-    ]
-
-
 def _record(
     hosts: Sequence[str], accelerator: str, measured: Sequence[Mapping[str, Any]], checkpoint_bytes: float
 ) -> dict[str, Any]:
@@ -279,28 +185,3 @@ def _record(
         "free_gib": min(each["free"] for each in measured) / 2**30,
         "checkpoint_gib": checkpoint_bytes / 2**30,
     } | {key: min(each[key] for each in measured) for key in measured[0] if key.endswith("_gb_s")}
-
-
-def odd_one_out(values: Sequence[str]) -> tuple[int, int] | None:
-    """(first rank whose value is not the most frequent one, first rank whose value is); None if all are alike.
-
-    Where two values are equally frequent, that of the lowest rank counts as the usual one.
-    """
-    usual = Counter(values).most_common(1)[0][0]
-    odd = next((rank for rank, value in enumerate(values) if value != usual), None)
-    return None if odd is None else (odd, values.index(usual))
-
-
-def _differs(pair: tuple[int, int], values: Sequence[str], hosts: Sequence[str]) -> str:
-    odd, usual = pair
-    return f"{values[odd]} on {_name(odd, hosts)} but {values[usual]} on {_name(usual, hosts)}"
-
-
-def _name(rank: int, hosts: Sequence[str]) -> str:
-    return f"rank {rank} ({hosts[rank]})"
-
-
-def _alike(error: EvenkeelError) -> EvenkeelError:
-    """Marks an error that every rank raises, so that one of them says it."""
-    error.is_everywhere = True
-    return error

@@ -81,7 +81,7 @@ MESSAGES = [
 @pytest.mark.parametrize("said", MESSAGES)
 def test_the_page_quotes_what_the_checks_say(said: str) -> None:
     assert said in PAGE
-    assert any(said in (ROOT / "trainer" / name).read_text() for name in ("health.py", "process_group.py"))
+    assert any(said in (ROOT / "trainer" / name).read_text() for name in ("health_verdicts.py", "process_group.py"))
 
 
 @pytest.mark.slow

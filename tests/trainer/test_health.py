@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.health import HealthConfig, clocks_apart, odd_one_out, slow_ranks
+from trainer.health import HealthConfig
 from trainer.health_probes import code_digest
+from trainer.health_verdicts import clocks_apart, odd_one_out, slow_ranks
 
 HOSTS = ["a", "a", "b", "b"]
 
