@@ -1,9 +1,11 @@
 """A batch script for Slurm: one agent on each node, warned ahead of the time limit, requeued when it has saved."""
 
+import math
 import shlex
 from dataclasses import dataclass
 
 from launch._cluster_plan import WAIT_FOR_CHILD, Plan, job_name, one_word
+from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,17 @@ class SlurmOptions:
 
 
 def batch_script(plan: Plan, options: SlurmOptions) -> str:
-    """The script, for sbatch."""
+    """The script, for sbatch. Raises ConfigError for a time limit or an option that sbatch would not understand."""
+    if limit_seconds(options.time) <= plan.grace_s:
+        raise ConfigError(
+            f"--grace: {plan.grace_s} s ahead of a time limit of {options.time} leaves no time to train; lower it"
+        )
     directives = [
         f"job-name={job_name(plan.config.name, 60)}",
         f"nodes={plan.nodes}",
         "ntasks-per-node=1",
         *([f"gpus-per-node={plan.ranks_per_node}"] if plan.has_gpus else []),
-        f"time={one_word('--time', options.time)}",
+        f"time={options.time}",
         f"signal=B:USR1@{plan.grace_s}",
         "requeue",
         "open-mode=append",
@@ -83,3 +89,16 @@ exit "$code"
 
 def _indent(text: str) -> str:
     return text.replace("\n", "\n    ")
+
+
+def limit_seconds(text: str) -> float:
+    """A time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S or UNLIMITED. Raises ConfigError."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    days, has_days, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if len(parts) > 3 or not all(part.isascii() and part.isdigit() for part in [*parts, *([days] if has_days else [])]):
+        raise ConfigError(f"--time: '{text}' is no time limit of Slurm; write for instance 24:00:00 or 2-00:00:00")
+    units = (3600, 60, 1) if has_days or len(parts) == 3 else (60, 1)
+    clock = sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    return int(days or 0) * 86400 + clock

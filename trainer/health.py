@@ -65,7 +65,9 @@ class Health:
     def line(self) -> str:
         """The result in one line."""
         record = self.record
-        parts = [f"{record['ranks']} ranks on {len(record['hosts'])} hosts ({record['accelerator']})"]
+        parts = [
+            f"{_count(record['ranks'], 'rank')} on {_count(len(record['hosts']), 'host')} ({record['accelerator']})"
+        ]
         if "all_reduce_gb_s" in record:
             parts.append(f"all-reduce {record['all_reduce_gb_s']:.2f} GB/s")
             parts.append(f"all-to-all {record['all_to_all_gb_s']:.2f} GB/s")
@@ -140,6 +142,10 @@ def check_health(
     if config.strict:
         verdicts.refuse_warnings(warnings, tight)
     return Health(record | {"seconds": time.monotonic() - began}, warnings + tight)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _leave_mark(path: Path) -> str:

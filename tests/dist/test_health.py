@@ -32,7 +32,7 @@ def test_ranks_that_are_alike_are_fit(found: list[dict[str, Any]]) -> None:
     assert record["clock_skew_s"] < 2
     assert record["seconds"] < 5, "cheap: well under a second where nobody else computes"
     line = found[0]["fit"]["line"]
-    assert line.startswith("health: 2 ranks on 1 hosts (")
+    assert line.startswith("health: 2 ranks on 1 host (")
     assert "all-to-all" in line
 
 
@@ -95,7 +95,7 @@ def test_the_command_ends_with_the_exit_code_of_what_it_found(tmp_path: Path, da
     config = tiny_config(tmp_path, data_config)
     fit = run("launch.health", str(config), ranks=2)
     assert fit.returncode == 0, fit.stderr[-2000:]
-    assert "health: 2 ranks on 1 hosts" in fit.stdout
+    assert "health: 2 ranks on 1 host" in fit.stdout
     assert not (tmp_path / "run").exists(), "a look leaves nothing"
     for module in ("launch.health", "launch.train"):
         unlike = f'if [ "$RANK" = 1 ]; then set -- "$@" train.steps=13; fi; exec "$0" -m {module} "$@"'

@@ -20,6 +20,7 @@ import yaml
 
 from launch import cluster, dryrun
 from launch._cli import run_command
+from launch._cluster_slurm import limit_seconds
 from launch._cluster_ssh import Host, read_hostfile
 from tests.harness import ROOT, environment, losses, rows, tiny_config
 from trainer.data.config import DataConfig
@@ -63,6 +64,7 @@ def test_a_batch_that_does_not_fit_is_refused_as_dryrun_does(kind: str, capsys: 
         (["slurm", *CPU, "--env", "NAME"], "--env: 'NAME' is not of the form NAME=VALUE"),
         (["slurm", *CPU, "--env", "A;B=1"], "--env: 'A;B' is not the name of a variable"),
         (["slurm", *CPU, "--time", "1:00:00\n#SBATCH --uid=0"], "--time: '1:00:00"),
+        (["slurm", *CPU, "--time", "5"], "--grace: 300 s ahead of a time limit of 5 leaves no time to train"),
         (["slurm", *CPU, "--sbatch", "comment=a b"], "--sbatch: 'comment=a b' must be one word"),
         (["slurm", *CPU, "name=2 b"], "must begin with a letter"),
         (["slurm", *CPU, "--out", "/nowhere/job"], "--out: /nowhere/job: No such file or directory"),
@@ -114,6 +116,14 @@ def test_a_hostfile_of_deepspeed_is_read(tmp_path: Path) -> None:
     assert hosts[1].address == "10.0.0.2"
     with pytest.raises(ConfigError, match=r"--hostfile: .*none cannot be read"):
         read_hostfile(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("2:30:15", 9015), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:15", 95415)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert limit_seconds(text) == seconds
 
 
 # --- Slurm ---------------------------------------------------------------------------------------------------------
@@ -342,7 +352,10 @@ def test_the_pods_train_and_an_evicted_one_asks_to_be_started_again(
             "/etc/evenkeel/config.yaml", shlex.quote(str(tmp_path / "mounted.yaml"))
         )
         # What Kubeflow sets counts pods, not ranks.
-        env = environment(POD_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo") | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        env = environment(POD_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo") | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "tiny-master-0", "MASTER_PORT": "23456",
+            "PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": "tiny-master-0",
+        }  # fmt: skip
         return subprocess.Popen(["bash", "-c", script], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     def both() -> list[subprocess.Popen[str]]:
