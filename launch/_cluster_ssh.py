@@ -104,7 +104,8 @@ exit "$code"
 def run(plan: Plan, hosts: Sequence[Host], interface: str) -> int:
     """Start all hosts, show their output with the host before each line, and return the exit code of the job.
 
-    SIGTERM, SIGINT or SIGUSR1 asks every host to save and stop; so does the first failure of one host.
+    SIGTERM, SIGINT or SIGUSR1 asks every host to save and stop; so does the first failure of one host. Raises
+    PeerLostError if ssh itself fails.
     """
     running = [
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -141,7 +142,7 @@ def run(plan: Plan, hosts: Sequence[Host], interface: str) -> int:
         signal.signal(number, handler)
     unreachable = [host.name for host, code in zip(hosts, codes, strict=True) if code == _SSH_FAILED]
     if unreachable:
-        sys.stderr.write(
-            f"error: ssh to {', '.join(unreachable)} failed (see above); is it in known_hosts, with a key?\n"
-        )
-    return cause([PeerLostError.exit_code if code == _SSH_FAILED else code for code in codes]) if any(codes) else 0
+        raise PeerLostError(f"ssh to {', '.join(unreachable)} failed (see above); is the host known, with a key?")
+    # A host that was still waiting for the others when it was asked to stop ends by the signal: not the cause.
+    own = [code for code in codes if 0 < code < 128]
+    return cause(own or codes) if any(codes) else 0
