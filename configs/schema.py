@@ -8,12 +8,13 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.engine import EngineConfig
 from trainer.evaluate import EvaluationConfig
+from trainer.health import HealthConfig
 from trainer.loop import TrainConfig
 from trainer.optim import OptimizerConfig
 from trainer.schedule import ScheduleConfig
 from trainer.wandb_sink import WandbConfig
 
-SECTIONS = ("model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "wandb")
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "health", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     hooks: dict[str, Any] = field(default_factory=dict)
     """Hooks by label: `{hook: name or package.module:Class (default: the label), enabled: bool, ...its options}`."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.errors import ConfigError, EvenkeelError, PeerLostError, StorageError
+from trainer.errors import EvenkeelError, PeerLostError, StorageError
 
 EXIT_CODES = "EVENKEEL_EXIT_CODES"
 """Variable with the folder in which launch.torchrun wants to find how each rank ended."""
@@ -58,8 +58,7 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if known is None:
             raise
         rank = os.environ.get("RANK", "0")
-        # Every rank meets the same configuration error: one of them is enough to say it.
-        if rank == "0" or not isinstance(known, ConfigError):
+        if rank == "0" or not known.is_everywhere:
             prefix = f"error (rank {rank}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
             for line in str(known).splitlines():
                 sys.stderr.write(f"{prefix}{line}\n")

@@ -3,6 +3,7 @@
 Plain `torchrun` starts the same training; it just ends with exit code 1 and a stack of its own whatever the
 worker's code was. A scheduler that must tell "wrong config" (2) from "preempted and saved" (75) uses this.
 `--max-restarts N` starts all ranks again, up to N times, when one fails; they resume from the newest checkpoint.
+SIGUSR1, with which Slurm warns of a time limit, is passed on to the ranks too, which save and end with 75.
 """
 
 import os
@@ -14,14 +15,21 @@ from pathlib import Path
 from launch._cli import EXIT_CODES, run_command
 from trainer.errors import PeerLostError
 
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
 
 def main(argv: list[str]) -> int:
     """Run torch.distributed.run on `argv`; return 0 or the exit code of the first worker that failed."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    arguments = torchrun.parse_args(argv)
+    # Kubeflow and other launchers number nodes with these. They are not the rank of a worker, which torchrun sets.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    # First, so that the user's own choice comes later and wins.
+    arguments = torchrun.parse_args([f"--signals-to-handle={_SIGNALS}", *argv])
     if arguments.max_restarts:
         # Restarted ranks must not find the addresses of the dead ones: the agents agree on a new store for each start.
         # By default they keep one for all starts, and gloo then dials ports where nobody listens any more.
@@ -31,18 +39,26 @@ def main(argv: list[str]) -> int:
         try:
             torchrun.run(arguments)
         except ChildFailedError as error:
-            return _cause([failure.exitcode for failure in error.failures.values()])
+            return cause([failure.exitcode for failure in error.failures.values()])
         except SignalException as error:
             # The agent has passed the signal on and waited for its workers, but does not say how they ended: they do.
             codes = [int(path.read_text()) for path in Path(folder).iterdir()]
-            return _cause(codes) if any(codes) else 128 + error.sigval
+            return cause(codes) if any(codes) else 128 + error.sigval
+        except RendezvousError as error:
+            raise PeerLostError(
+                f"rendezvous at {arguments.rdzv_endpoint}: {error} Is the first node up and reachable, and does every "
+                "node name the same endpoint and id?"
+            ) from error
+        finally:
+            del os.environ[EXIT_CODES]  # this process is no rank
     return 0
 
 
-def _cause(codes: Sequence[int]) -> int:
+def cause(codes: Sequence[int]) -> int:
+    """The exit code of a job whose parts ended with `codes`, of which at least one is not 0."""
     # Workers that lost a peer fail with 5, often before the agent sees the one that caused it: prefer the cause.
-    cause = next((code for code in codes if code > 0 and code != PeerLostError.exit_code), None)
-    return cause if cause is not None else PeerLostError.exit_code
+    found = next((code for code in codes if code > 0 and code != PeerLostError.exit_code), None)
+    return found if found is not None else PeerLostError.exit_code
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
 from launch._run_folder import RunFolder, RunReport, print_summary
+from launch.health import examine_and_record
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
 from trainer import ranks
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> int:
     try:
         start_process_group(config.engine.collective_timeout_s)
         with RunFolder(run_dir, config):
+            examine_and_record(config, corpus.vocab_size)
             reason = train(config, corpus, run_dir, stop)
         stop_process_group()
         if ranks.is_main():

@@ -9,12 +9,15 @@ class EvenkeelError(Exception):
     """Base of all errors reported as one line; `exit_code` is what the process ends with."""
 
     exit_code = 1
+    is_everywhere = False
+    """Every rank raises this same error, so one of them is enough to say it."""
 
 
 class ConfigError(EvenkeelError):
     """The configuration or the command line asks for something impossible."""
 
     exit_code = 2
+    is_everywhere = True
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems

@@ -105,17 +105,18 @@ class TrainConfig:
 
 
 class StopSignal:
-    """Remembers that SIGTERM came, so that the loop can end between two steps."""
+    """Remembers that SIGTERM or SIGUSR1 (Slurm's warning) came, so that the loop can end between two steps."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def install(self) -> Callable[[], None]:
         """Start listening; returns what restores the previous handler."""
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
         def restore() -> None:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
         return restore
 

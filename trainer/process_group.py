@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 import warnings
 from datetime import timedelta
 
@@ -14,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from trainer import ranks
+from trainer.errors import PeerLostError
 
 
 def start_process_group(timeout_s: float) -> None:
     """Join the group that torchrun described in the environment, and hand it to DeepSpeed.
 
-    `timeout_s`: how long a collective waits for a silent peer before this rank gives up.
+    `timeout_s`: how long a collective waits for a silent peer before this rank gives up. Raises PeerLostError for one.
     """
     _die_with_launcher()
     device = ranks.device()
@@ -40,6 +42,33 @@ def start_process_group(timeout_s: float) -> None:
         from trainer.engine import adopt_process_group
 
         adopt_process_group()
+    _roll_call(timeout_s)
+
+
+def _roll_call(timeout_s: float) -> None:
+    """Wait for every rank, one by one, so that a silent one can be named; a collective only says that there is one.
+
+    Raises PeerLostError on rank 0. The others go on, and notice at the next collective that rank 0 is gone.
+    """
+    if ranks.world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"evenkeel/roll-call/{ranks.rank()}", "here")
+    if not ranks.is_main():
+        return
+    deadline = time.monotonic() + timeout_s
+    missing = []
+    for rank in range(ranks.world_size()):
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            store.wait([f"evenkeel/roll-call/{rank}"], timedelta(seconds=left))
+        except RuntimeError:  # torch's DistStoreError: the key did not come in time
+            missing.append(str(rank))
+    if missing:
+        raise PeerLostError(
+            f"process group: rank {', '.join(missing)} of {ranks.world_size()} joined but does not answer within "
+            f"{timeout_s:g} s; look at its log and its node"
+        )
 
 
 def _use_for_later_groups(timeout: timedelta) -> None:

@@ -39,11 +39,14 @@ class Job:
         line = command("tests.faults.worker", str(config), f"run_dir={run_dir}", *overrides, ranks=ranks)
         if torchrun:
             line[3:3] = torchrun.split()
+        self._start(line, run_dir, environment(FAULT=fault, **env))
+
+    def _start(self, line: list[str], run_dir: Path, env: dict[str, str]) -> None:
         self.run_dir = run_dir
         self.lines: list[tuple[float, str]] = []
         self._process = subprocess.Popen(
-            line, cwd=ROOT, env=environment(FAULT=fault, **env), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, start_new_session=True,
+            line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -99,10 +102,14 @@ class Job:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join(10)
         deadline = time.monotonic() + 5  # the kernel takes a moment to bury the ranks of a killed launcher
-        while (left := processes_of(self.run_dir)) and time.monotonic() < deadline:
+        while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"orphans: {left}"
         return code
+
+    def left(self) -> list[str]:
+        """What still lives of the job."""
+        return processes_of(self.run_dir)
 
 
 def processes_of(run_dir: Path) -> list[str]:

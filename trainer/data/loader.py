@@ -205,4 +205,5 @@ def _as_it_is(flat: Any) -> Any:
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
     # A SIGTERM to the whole process group must not take the data away before the last step and its checkpoint.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
