@@ -145,13 +145,17 @@ def keep_exact(router: ForeignRouter) -> None:
         owner._buffers[name] = exact
     if not isinstance(owner, _KeepsBias):
         owner.__class__ = _keeping_class(type(owner))
+        owner._exact = set()  # type: ignore[assignment]
+    cast(_KeepsBias, owner)._exact.add(name)
 
 
 class _KeepsBias(nn.Module):
     """Mixed into a module's class: casts pass its selection bias by. Devices are followed, the type is not."""
 
+    _exact: set[str]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_KeepsBias":
-        exact = {name: bias for name in BIAS_NAMES if (bias := self._buffers.get(name)) is not None}
+        exact = {name: bias for name in self._exact if (bias := self._buffers[name]) is not None}
         super()._apply(fn, recurse)
         for name, bias in exact.items():
             moved = self._buffers[name]
