@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+from moe.foreign_routers import find_routers
+from moe.outside import BiasBalancer
+from trainer.errors import ConfigError
 
 NUM_EXPERTS, TOP_K, VOCABULARY = 8, 2, 64
 
@@ -34,6 +39,7 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_dense_layers": 0},
     "axk1": _LATENT | _SPARSE,
     "axk2": _LATENT | _SPARSE,
     "bailing_hybrid": _LATENT | _FULL | _SPARSE,
@@ -70,7 +76,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-REFUSED = {"zaya": "returns expert 0 for tokens that skip all experts"}
+REFUSED = ("zaya",)
 
 
 def families() -> list[str]:
@@ -93,7 +99,12 @@ def tiny_model(family: str, **settings: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return cls(cls.config_class(**common | _SPECIAL.get(family, {}) | settings))
+        model = cls(cls.config_class(**common | _SPECIAL.get(family, {}) | settings))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2 and not weight.any():  # AFMoE's routers begin at zero: every token at the same experts
+                weight.normal_(std=0.02)
+    return model
 
 
 def output_of(model: nn.Module, ids_BT: Tensor, **inputs: Any) -> Tensor:
@@ -109,3 +120,33 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name.endswith(".experts") and "top_k_index" in inspect.signature(module.forward).parameters
     }
+
+
+def block_of(model: nn.Module, router_name: str) -> nn.Module:
+    """The experts that a router called `router_name` feeds."""
+    return next(experts for name, experts in experts_of(model).items() if f"{router_name}.".startswith(f"{name}."))
+
+
+def table() -> str:
+    """Every family, where its bias is and which rules work, as the page has it (moe/OTHER_LOOPS.md)."""
+    rows = ["| family | bias | rules |", "|---|---|---|"]
+    for family in families():
+        model = tiny_model(family).train()
+        try:
+            routers = find_routers(model)
+        except ConfigError as error:
+            rows.append(f"| `{family}` | | refused: {str(error).split(' ', 2)[2].removesuffix('; it is not supported')} |")
+            continue
+        router, rules = routers[0], "all"
+        BiasBalancer(model, rule="quantile")
+        try:
+            output_of(model, torch.randint(3, 60, (4, 16)))
+        except ConfigError:
+            rules = "all but `quantile` and `bip`"
+        place = ".".join(router.name.split(".")[2 if router.name.startswith("layers.") else 3 :])
+        rows.append(f"| `{family}` | `{place}.{router.bias_name}` | {rules} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

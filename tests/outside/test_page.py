@@ -1,0 +1,82 @@
+"""The blocks of moe/OTHER_LOOPS.md and of the README's section run as printed, and the bare loop is exact."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("accelerate")
+
+from tests.harness import ROOT, run
+from tests.outside.families import experts_of
+
+PAGE = (ROOT / "moe" / "OTHER_LOOPS.md").read_text()
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- run by the tests: {re.escape(name)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def output(folder: Path, name: str, ranks: int = 0) -> list[str]:
+    (folder / name).write_text(block(name))
+    done = run(
+        name.removesuffix(".py"), ranks=ranks, cwd=folder, PYTHONPATH=f"{folder}:{ROOT}", DS_ACCELERATOR="cpu"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def plain_losses() -> tuple[list[float], list[float]]:
+    """Weighted loss and MaxVio of each step of bare.py, with its model and data in a loop of one process without us."""
+    namespace: dict[str, Any] = {}
+    exec(block("bare.py").split("# --- from here on")[0], namespace)
+    model, data = namespace["model"].train(), namespace["data"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    chosen: dict[str, Tensor] = {}
+    for name, experts in experts_of(model).items():
+        experts.register_forward_pre_hook(lambda module, args, name=name: chosen.update({name: args[1]}))
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    losses, violations = [], []
+    for ids_BT in data:
+        logits_BTV = model(input_ids=ids_BT).logits
+        losses_B = torch.stack([F.cross_entropy(l_TV[:-1], ids_T[1:]) for l_TV, ids_T in zip(logits_BTV, ids_BT)])
+        low, high = losses_B.detach().aminmax()
+        h_B = (2 * losses_B.detach() - low - high) / (high - low)
+        loss = (((h_B + 1).clamp(max=1) / 0.3).softmax(dim=0) * losses_B).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts = [chosen_NK.flatten().bincount(minlength=8).double() for chosen_NK in chosen.values()]
+        for gate, counts_E in zip(gates, counts, strict=True):
+            gate.e_score_correction_bias += 0.01 * (counts_E.mean() - counts_E).sign()
+        losses.append(float(loss.detach()))
+        violations.append(sum(float(c_E.max() / c_E.mean()) - 1 for c_E in counts) / len(counts))
+    return losses, violations
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_the_bare_loop_equals_a_plain_one(tmp_path: Path, ranks: int) -> None:
+    assert block("bare.py").split("# --- from here on")[1].count("\n") <= 45
+    rows = [line.split() for line in output(tmp_path, "bare.py", ranks) if re.match(r"\d+ \d", line)]
+    losses, violations = plain_losses()
+    assert [float(row[1]) for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [float(row[2]) for row in rows] == pytest.approx(violations, abs=1e-4)
+
+
+def test_the_trainer_block_trains(tmp_path: Path) -> None:
+    text = "\n".join(output(tmp_path, "trainer.py"))
+    assert "moe/maxvio" in text
+    assert "reweight/ess" in text
+    assert "loss/unweighted" in text
+
+
+def test_routers_of_ones_own(tmp_path: Path) -> None:
+    violations = [float(line) for line in output(tmp_path, "own.py")]
+    assert violations[-1] < 0.3 * violations[0]
