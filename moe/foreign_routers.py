@@ -24,7 +24,9 @@ from trainer.errors import ConfigError
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "expert_bias_E")
 _REFUSED_NAMES = {
-    "balancing_biases": "returns expert 0 for tokens that skip all experts, so its choices cannot be counted from outside",
+    "balancing_biases": (
+        "returns expert 0 for tokens that skip all experts, so its choices cannot be counted from outside"
+    ),
 }
 
 
@@ -105,9 +107,7 @@ def _own_tensor(owner: nn.Module, name: str) -> Tensor | None:
 
 
 def _router_of(owner: nn.Module, bias_name: str, parents: dict[nn.Module, tuple[nn.Module, str]]) -> nn.Module:
-    takers = [
-        child for child in owner.children() if bias_name in inspect.signature(child.forward).parameters
-    ]
+    takers = [child for child in owner.children() if bias_name in inspect.signature(child.forward).parameters]
     if len(takers) == 1:
         return takers[0]
     parent = parents.get(owner)

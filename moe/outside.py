@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from moe.balance_metrics import max_violation
 from moe.bias_hook import ExpertBiasConfig, RuleName
 from moe.foreign_routers import ForeignRouter, find_routers, keep_exact
+from moe.foreign_scores import find_scores, logits_of
 from moe.router import THRESHOLD_BINS, count_tokens, threshold_histogram
 from moe.rules import RULES, Loads, RuleOptions, apply_rule
 from trainer import ranks
@@ -57,9 +58,9 @@ class _Layer:
 class BiasBalancer:
     """Counts what the routers of `model` select, and moves their biases after each step.
 
-    `rule`: a rule of moe/rules.py, or `none` to measure only. `rate`: the size of its step, which may be changed at any
-    time (0 freezes the bias). `clamp`: largest absolute bias, 0 sets no limit. `options`: constants of the rule, such as
-    `kappa=2.0`. `routers`: for models whose routers are not found by themselves.
+    `rule`: a rule of moe/rules.py, or `none` to measure only. `rate`: the size of its step, which may be changed at
+    any time (0 freezes the bias). `clamp`: largest absolute bias, 0 sets no limit. `options`: constants of the rule, such
+    as `kappa=2.0`. `routers`: for models whose routers are not found by themselves.
 
     Raises ConfigError if the model has no such router, or for a rule that cannot work with it.
     """
@@ -108,8 +109,8 @@ class BiasBalancer:
         """
         if applied and not self._observed:
             raise ConfigError(
-                "balancer.step: no router was seen at work since the last step; the model given to the balancer must be "
-                "the one that is trained: run in training mode, with gradients"
+                "balancer.step: no router was seen at work since the last step; the model given to the balancer must "
+                "be the one that is trained: run in training mode, with gradients"
             )
         self._observed = False
         loads = self._take_loads()
@@ -196,10 +197,15 @@ class BiasBalancer:
         self._observed = True
         if layer.thresholds_EQ is not None:
             if layer.scores is None:
-                layer.scores = _find_scores(router, args, kwargs, outputs)
+                layer.scores = find_scores(router, args, kwargs, outputs)
             bias_E = router.bias_E
             layer.thresholds_EQ = layer.thresholds_EQ.to(bias_E.device) + threshold_histogram(
-                layer.scores(_logits(outputs)), bias_E, mask, top_k=layer.top_k, low=bias_E.min() - 1, high=bias_E.max() + 1
+                layer.scores(logits_of(outputs)),
+                bias_E,
+                mask,
+                top_k=layer.top_k,
+                low=bias_E.min() - 1,
+                high=bias_E.max() + 1,
             )
 
     def _take_loads(self) -> list[Loads]:
@@ -225,9 +231,7 @@ class BiasBalancer:
         assert self._rule is not None
         bias_E = layer.router.bias_E
         old = {name: tensor.to(bias_E.device) for name, tensor in layer.state.items()}
-        new_E, state = apply_rule(
-            self._rule, load, bias_E, old, n=self._updates, rate=self.rate, options=self._options
-        )
+        new_E, state = apply_rule(self._rule, load, bias_E, old, n=self._updates, rate=self.rate, options=self._options)
         if layer.router.num_experts < layer.router.bias.numel():
             new_E = new_E - (new_E - bias_E).mean()  # on average as attractive as before to those left alone
         bias_E.copy_(new_E.clamp(-self._clamp, self._clamp) if self._clamp else new_E)
@@ -257,46 +261,3 @@ def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     names = list(inspect.signature(module.forward).parameters)
     position = names.index(name) if name in names else len(args)
     return args[position] if position < len(args) else None
-
-
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "softmax": lambda logits_NE: logits_NE.softmax(dim=-1),
-}
-
-
-def _logits(outputs: Any) -> Tensor:
-    """The router's logits, float32 [N, E]: by convention the first tensor it returns."""
-    logits: Tensor = outputs[0]
-    return logits.detach().float().flatten(0, -2)
-
-
-def _find_scores(
-    router: ForeignRouter, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
-) -> Callable[[Tensor], Tensor]:
-    """Which bounded function of the logits the bias is added to, found by trying on the running router.
-
-    A bias of random numbers as large as the scores' spread is put in for one call: the function whose TopK of score +
-    bias is then the router's selection is the right one. Raises ConfigError if none is (unbounded scores, groups ...).
-    """
-    logits_NE = _logits(outputs)
-    bias_E, top_k = router.bias_E, router.indices(outputs).shape[1]
-    noise_E = torch.randn(len(bias_E), generator=torch.Generator().manual_seed(0)).to(bias_E)
-    old_E = bias_E.clone()
-    if logits_NE.shape[-1] == len(bias_E) and top_k < len(bias_E):
-        for scores in _SCORES.values():
-            scores_NE = scores(logits_NE)
-            probe_E = noise_E * scores_NE.std(dim=-1).mean()
-            try:
-                bias_E.copy_(probe_E)
-                chosen_NK = router.indices(router.module.forward(*args, **kwargs))
-            finally:
-                bias_E.copy_(old_E)
-            expected_NK = (scores_NE + probe_E).topk(top_k, dim=-1).indices
-            agree = (chosen_NK.sort(-1).values == expected_NK.sort(-1).values).all(-1).float().mean()
-            if agree > 0.99:  # ties apart
-                return scores
-    raise ConfigError(
-        f"balancer: quantile and bip need to know the scores, and {router.name} ({type(router.module).__name__}) does "
-        "not select the TopK of sigmoid or softmax scores plus bias (group limits or unbounded scores); choose another rule"
-    )

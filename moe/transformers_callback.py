@@ -2,9 +2,9 @@
 
     Trainer(model, ..., callbacks=[BalanceExperts(rule="sign", rate=1e-3)])
 
-Its state (biases, the rule's tensors, number of updates) lies in the checkpoint's `trainer_state.json` and is taken from
-there on `train(resume_from_checkpoint=...)`, whatever `restore_callback_states_from_checkpoint` says. `moe/maxvio` appears
-in `trainer.state.log_history`, and in the logs of callbacks that were added after this one.
+Its state (biases, the rule's tensors, number of updates) lies in the checkpoint's `trainer_state.json` and is taken
+from there on `train(resume_from_checkpoint=...)`, whatever `restore_callback_states_from_checkpoint` says. `moe/maxvio`
+appears in `trainer.state.log_history`, and in the logs of callbacks that were added after this one.
 
 The only module of moe that imports transformers.
 """
@@ -52,7 +52,9 @@ class BalanceExperts(TrainerCallback, ExportableState):
             if saved:
                 self.balancer.load_state_dict(saved)
             else:
-                _log.warning("the checkpoint has no state of BalanceExperts: biases are the model's, the rule starts anew")
+                _log.warning(
+                    "the checkpoint has no state of BalanceExperts: biases are the model's, the rule starts anew"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         """One optimizer step is over, over all micro-batches."""

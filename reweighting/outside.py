@@ -48,10 +48,10 @@ def sample_losses(logits_bTV: Tensor, labels_bT: Tensor, *, shifted: bool = Fals
 class SampleWeigher:
     """The weights of one optimizer step after another: SampleReweightHook without its loop.
 
-    `strategy`, and further `settings` such as cap, ess_floor, reference: see SampleReweightConfig. `temperature`: a number,
-    or a TemperatureConfig whose clock is the applied steps. `normalization`: whether every token of a sample counts by
-    the sample's weight (`tokens`; uniform weights are then the usual mean over tokens) or every sample whatever its
-    length (`samples`). `total_steps`: length of the run, for temperatures that move over it.
+    `strategy`, and further `settings` such as cap, ess_floor, reference: see SampleReweightConfig. `temperature`: a
+    number, or a TemperatureConfig whose clock is the applied steps. `normalization`: whether every token of a sample
+    counts by the sample's weight (`tokens`; uniform weights are then the usual mean over tokens) or every sample
+    whatever its length (`samples`). `total_steps`: length of the run, for temperatures that move over it.
 
     Raises ConfigError for settings that are inconsistent, or that need the project's own loop.
     """
@@ -83,7 +83,7 @@ class SampleWeigher:
             raise ConfigError(*(f"weigher: {line}" for line in problems))
         self.total_steps = total_steps
         self.metrics: dict[str, Tensor | float] = {}
-        """Of the last step: loss (unweighted), loss/weighted, reweight/ess, reweight/max_weight, reweight/temperature."""
+        """Of the last step: loss (unweighted), loss/weighted, reweight/ess, reweight/max_weight and so on."""
         self._normalization = normalization
         self._hook = SampleReweightHook(config)
         self._applied_steps = 0
@@ -93,16 +93,20 @@ class SampleWeigher:
     def weigh(self, losses_S: Tensor, tokens_S: Tensor) -> Tensor:
         """The factor of each of this rank's samples, float32 [S], in the order given. Call it on every rank.
 
-        `losses_S`: mean losses of the samples of all micro-batches of this rank; `tokens_S`: their target tokens, 0 for a
-        sample that is to be left out. Ranks may have different numbers of samples.
+        `losses_S`: mean losses of the samples of all micro-batches of this rank; `tokens_S`: their target tokens, 0 for
+        a sample that is to be left out. Ranks may have different numbers of samples.
 
         The objective is the sum of factor * loss over a rank's samples, averaged over ranks, as DDP and DeepSpeed do
         with gradients: the number of ranks is in the factors.
         """
         if losses_S.shape != tokens_S.shape or losses_S.dim() != 1:
-            raise ConfigError(f"weigher: got losses {tuple(losses_S.shape)}, tokens {tuple(tokens_S.shape)}; need one each")
+            raise ConfigError(
+                f"weigher: got losses {tuple(losses_S.shape)}, tokens {tuple(tokens_S.shape)}; need one each"
+            )
         if self._step is not None:
-            raise ConfigError("weigher: weigh was called twice for one step; call step(applied=...) after the optimizer")
+            raise ConfigError(
+                "weigher: weigh was called twice for one step; call step(applied=...) after the optimizer"
+            )
         losses_B, tokens_B, own_S = _gather(losses_S.detach(), tokens_S)
         self.metrics = {}
         zeros_B = torch.zeros_like(tokens_B)

@@ -2,9 +2,9 @@
 
     ReweightedTrainer(model, args, train_dataset=..., weigher=SampleWeigher(strategy="linupper", temperature=0.5))
 
-The Trainer fetches all micro-batches of an optimizer step before it works on them. With several, they are forwarded once
-more, without gradients, to know all losses of the step first; random numbers are replayed, so dropout draws the same
-masks. With one micro-batch a step nothing is forwarded twice. A sample is a row of the batch.
+The Trainer fetches all micro-batches of an optimizer step before it works on them. With several, they are forwarded
+once more, without gradients, to know all losses of the step first; random numbers are replayed, so dropout draws the
+same masks. With one micro-batch a step nothing is forwarded twice. A sample is a row of the batch.
 
 For other trainers (TRL's SFTTrainer ...) put `ReweightedLoss` before them: class Mine(ReweightedLoss, SFTTrainer).
 
@@ -26,7 +26,9 @@ from trainer.errors import ConfigError
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    raise ImportError("reweighting.transformers_trainer needs transformers: pip install 'transformers[torch]>=5'") from error
+    raise ImportError(
+        "reweighting.transformers_trainer needs transformers: pip install 'transformers[torch]>=5'"
+    ) from error
 
 _KEY = "evenkeel_planned"
 _STATE = "evenkeel.SampleWeigher"
@@ -64,7 +66,7 @@ class ReweightedLoss:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The micro-batch's part of the step's objective; its sum over micro-batches, averaged over ranks, is the loss."""
+        """The micro-batch's part of the objective: summed over micro-batches and averaged over ranks, it is the loss."""
         if not model.training:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -81,7 +83,8 @@ class ReweightedLoss:
         """Log the weights of the last step beside the loss, which is the weighted one."""
         if "loss" in logs:
             logs |= {
-                name if "/" in name else f"{name}/unweighted": float(value) for name, value in self.weigher.metrics.items()
+                name if "/" in name else f"{name}/unweighted": float(value)
+                for name, value in self.weigher.metrics.items()
             }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

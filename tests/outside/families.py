@@ -91,7 +91,9 @@ def tiny_model(family: str, **settings: Any) -> nn.Module:
     classes = [
         found
         for name, found in vars(module).items()
-        if inspect.isclass(found) and found.__module__ == module.__name__ and name.endswith(("ForCausalLM", "TextModel"))
+        if inspect.isclass(found)
+        and found.__module__ == module.__name__
+        and name.endswith(("ForCausalLM", "TextModel"))
     ]
     cls = min(classes, key=lambda found: not found.__name__.endswith("ForCausalLM"))
     known = {field.name for field in fields(cls.config_class)} | set(cls.config_class.attribute_map)
@@ -114,7 +116,7 @@ def output_of(model: nn.Module, ids_BT: Tensor, **inputs: Any) -> Tensor:
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that do the experts' work, by the name of the block they are in: they see what was really selected."""
+    """The modules that do the experts' work, by the name of the block they are in: they see what was selected."""
     return {
         name.removesuffix(".experts"): module
         for name, module in model.named_modules()
@@ -135,7 +137,9 @@ def table() -> str:
         try:
             routers = find_routers(model)
         except ConfigError as error:
-            rows.append(f"| `{family}` | | refused: {str(error).split(' ', 2)[2].removesuffix('; it is not supported')} |")
+            rows.append(
+                f"| `{family}` | | refused: {str(error).split(' ', 2)[2].removesuffix('; it is not supported')} |"
+            )
             continue
         router, rules = routers[0], "all"
         BiasBalancer(model, rule="quantile")

@@ -25,9 +25,7 @@ def block(name: str) -> str:
 
 def output(folder: Path, name: str, ranks: int = 0) -> list[str]:
     (folder / name).write_text(block(name))
-    done = run(
-        name.removesuffix(".py"), ranks=ranks, cwd=folder, PYTHONPATH=f"{folder}:{ROOT}", DS_ACCELERATOR="cpu"
-    )
+    done = run(name.removesuffix(".py"), ranks=ranks, cwd=folder, PYTHONPATH=f"{folder}:{ROOT}", DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -45,7 +43,9 @@ def plain_losses() -> tuple[list[float], list[float]]:
     losses, violations = [], []
     for ids_BT in data:
         logits_BTV = model(input_ids=ids_BT).logits
-        losses_B = torch.stack([F.cross_entropy(l_TV[:-1], ids_T[1:]) for l_TV, ids_T in zip(logits_BTV, ids_BT)])
+        losses_B = torch.stack(
+            [F.cross_entropy(l_TV[:-1], ids_T[1:]) for l_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)]
+        )
         low, high = losses_B.detach().aminmax()
         h_B = (2 * losses_B.detach() - low - high) / (high - low)
         loss = (((h_B + 1).clamp(max=1) / 0.3).softmax(dim=0) * losses_B).sum()
@@ -71,7 +71,7 @@ def test_the_bare_loop_equals_a_plain_one(tmp_path: Path, ranks: int) -> None:
 
 
 def test_the_trainer_block_trains(tmp_path: Path) -> None:
-    text = "\n".join(output(tmp_path, "trainer.py"))
+    text = "\n".join(output(tmp_path, "pretrain.py"))
     assert "moe/maxvio" in text
     assert "reweight/ess" in text
     assert "loss/unweighted" in text

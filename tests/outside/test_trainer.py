@@ -10,8 +10,16 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+
+from moe.transformers_callback import BalanceExperts
+from reweighting.outside import SampleWeigher
+from reweighting.transformers_trainer import ReweightedTrainer
+from tests.harness import ROOT
 from tests.harness import run as run_module
+from tests.outside.families import tiny_model
 from tests.outside.trainer_runs import GLOBAL_BATCH, STEPS, Run, job, order_of, plain, train
+from trainer.errors import ConfigError
 
 
 def run_job(*runs: Run, ranks: int) -> None:
@@ -85,3 +93,86 @@ def test_every_cut_and_stage(tmp_path: Path, reference: dict[str, Any]) -> None:
     run_job(*runs, ranks=1)
     for run in runs:
         check(run, 1, reference)
+
+
+def bits(record: dict[str, Any], first: int = 0) -> dict[str, Any]:
+    return {key: record[key][first:] for key in ("loss", "bias", "counts")}
+
+
+def test_resumed_equals_unbroken(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"micro_batch": 4, "rule": "smebu", "reference": "running", "dropout": 0.1}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = Run(out=str(tmp_path / "whole"), steps=6, **settings)
+    train(whole)
+    first = Run(out=str(tmp_path / "broken"), steps=4, save_at=3, **settings)
+    run_job(first, ranks=0)
+    second = Run(out=first.out, steps=6, save_at=3, resume=True, **settings)
+    train(second)
+    unbroken, half, rest = records(whole, 1)[0], records(first, 1)[0], records(second, 1, "-resumed")[0]
+    assert bits(half) == {key: value[:4] for key, value in bits(unbroken).items()}
+    assert bits(rest) == bits(unbroken, first=3)
+    assert len(rest["loss"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_equals_unbroken_under_deepspeed(tmp_path: Path, bf16: bool) -> None:
+    settings: dict[str, Any] = {"micro_batch": 2, "zero_stage": 2, "bf16": bf16, "rule": "pid", "reference": "running"}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = Run(out=str(tmp_path / "whole"), steps=6, **settings)
+    first = Run(out=str(tmp_path / "broken"), steps=4, save_at=3, **settings)
+    second = Run(out=first.out, steps=6, save_at=3, resume=True, **settings)
+    run_job(whole, first, ranks=2)
+    run_job(second, ranks=2)
+    for rank in range(2):
+        unbroken, rest = records(whole, 2)[rank], records(second, 2, "-resumed")[rank]
+        assert bits(rest) == bits(unbroken, first=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_skipped_step_moves_no_bias(tmp_path: Path, bf16: bool) -> None:
+    run = cut(tmp_path, 2, zero_stage=1, nan_at=2, bf16=bf16)
+    run_job(run, ranks=2)
+    for record in records(run, 2):
+        assert record["skipped"] == [False, False, True, False, False]
+        assert record["bias"][2] == record["bias"][1]
+        assert record["bias"][3] != record["bias"][2]
+
+
+def test_dropout_draws_the_same_masks_in_both_passes(tmp_path: Path) -> None:
+    """The loss that is weighted in the second pass is the loss that the weights were made from."""
+    run = cut(tmp_path, 4, dropout=0.5)
+    record = train(run).record
+    assert record["logged"] == pytest.approx(record["loss"], rel=1e-6)
+    assert train(cut(tmp_path, 2, dropout=0.5)).record["loss"] != pytest.approx(record["loss"], rel=1e-6)
+
+
+def test_settings_with_another_loss_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("glm4_moe")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], label_smoothing_factor=0.1)
+    with pytest.raises(ConfigError, match="not with label_smoothing_factor"):
+        ReweightedTrainer(model, args, weigher=SampleWeigher())
+    model.config.output_router_logits = True
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ConfigError, match="output_router_logits, an auxiliary loss"):
+        ReweightedTrainer(model, args, weigher=SampleWeigher())
+
+
+@pytest.mark.parametrize("module", ["moe.transformers_callback", "reweighting.transformers_trainer"])
+def test_a_missing_transformers_is_said_plainly(tmp_path: Path, module: str) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('No module named transformers')\n")
+    done = run_module(module, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert f"{module} needs transformers: pip install 'transformers[torch]>=5'" in done.stderr
+
+
+def test_a_model_without_such_routers_is_refused_when_the_trainer_is_built(tmp_path: Path) -> None:
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      num_key_value_heads=1, num_local_experts=4)
+    )  # fmt: skip
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ConfigError, match="MixtralForCausalLM has no router with a selection bias"):
+        Trainer(model, args, callbacks=[BalanceExperts()])

@@ -1,6 +1,7 @@
 """Runs of transformers' Trainer that must all do the same, and what they must do, computed plainly in one process.
 
-As a module it is one rank of a job: python -m tests.outside.trainer_runs '[{"out": ..., ...}, ...]' runs one after the other.
+As a module it is one rank of a job that does several one after the other:
+python -m tests.outside.trainer_runs '[{"out": "folder", "micro_batch": 2}]'.
 """
 
 import json
@@ -133,7 +134,7 @@ def train(run: Run) -> _Recording:
         use_cpu=True, disable_tqdm=True, deepspeed=deepspeed, bf16=run.bf16, seed=3,
         eval_strategy="steps" if run.evaluate else "no", eval_steps=1,
         gradient_checkpointing=bool(run.checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": run.checkpointing == "reentrant"} if run.checkpointing else None,
+        gradient_checkpointing_kwargs={"use_reentrant": run.checkpointing == "reentrant"},
     )  # fmt: skip
     balance = BalanceExperts(rule=run.rule, rate=BIAS_RATE)  # type: ignore[arg-type]
     trainer = _Recording(
