@@ -59,8 +59,8 @@ class BiasBalancer:
     """Counts what the routers of `model` select, and moves their biases after each step.
 
     `rule`: a rule of moe/rules.py, or `none` to measure only. `rate`: the size of its step, which may be changed at
-    any time (0 freezes the bias). `clamp`: largest absolute bias, 0 sets no limit. `options`: constants of the rule, such
-    as `kappa=2.0`. `routers`: for models whose routers are not found by themselves.
+    any time (0 freezes the bias). `clamp`: largest absolute bias, 0 sets no limit. `options`: constants of the rule,
+    such as `kappa=2.0`. `routers`: for models whose routers are not found by themselves.
 
     Raises ConfigError if the model has no such router, or for a rule that cannot work with it.
     """

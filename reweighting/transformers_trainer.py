@@ -14,7 +14,7 @@ Shape letters: b samples of a micro-batch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,12 +34,21 @@ _KEY = "evenkeel_planned"
 _STATE = "evenkeel.SampleWeigher"
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """What the first pass found out about a micro-batch; it travels with the batch."""
+@dataclass
+class _Plan:
+    """The micro-batches of a step, and what the first pass found out about them."""
 
-    factors_b: Tensor
-    random: list[Tensor]
+    batches: list[Any]
+    factors: list[Tensor] = field(default_factory=list)
+    random: list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which micro-batch of which step a batch is; it travels with the batch."""
+
+    plan: _Plan
+    index: int
 
 
 class ReweightedLoss:
@@ -59,23 +68,28 @@ class ReweightedLoss:
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of a step and, if there are several, weigh their samples at once."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        # The first pass itself waits for the first training step: resuming, the Trainer restores random states between.
         if len(batches) > 1:
-            self._plan(batches)
+            plan = _Plan([dict(batch) for batch in batches])
+            for i, batch in enumerate(batches):
+                batch[_KEY] = _Place(plan, i)
         return batches, num_items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The micro-batch's part of the objective: summed over micro-batches and averaged over ranks, it is the loss."""
+        """The micro-batch's part of the objective, which is its sum over micro-batches, averaged over ranks."""
         if not model.training:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        planned: _Planned | None = inputs.pop(_KEY, None)
-        if planned is not None:
-            _set_random(planned.random)
+        place: _Place | None = inputs.pop(_KEY, None)
+        if place is not None:
+            if not place.plan.factors:
+                self._first_pass(model, place.plan)
+            _set_random(place.plan.random[place.index])
         losses_b, tokens_b, outputs = _forward(model, inputs)
-        factors_b = self.weigher.weigh(losses_b, tokens_b) if planned is None else planned.factors_b
+        factors_b = self.weigher.weigh(losses_b, tokens_b) if place is None else place.plan.factors[place.index]
         loss = (factors_b * losses_b).sum()
         return (loss, outputs) if return_outputs else loss
 
@@ -88,17 +102,18 @@ class ReweightedLoss:
             }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _plan(self, batches: list[Any]) -> None:
-        model = self.model_wrapped  # type: ignore[attr-defined]
-        model.train()
-        found, random = [], []
-        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            for batch in batches:
-                random.append(_get_random())
-                found.append(_forward(model, dict(self._prepare_inputs(batch)))[:2])  # type: ignore[attr-defined]
-        factors = self.weigher.weigh(torch.cat([losses for losses, _ in found]), torch.cat([n for _, n in found]))
-        for batch, factors_b, state in zip(batches, factors.split([len(n) for _, n in found]), random, strict=True):
-            batch[_KEY] = _Planned(factors_b, state)
+    @torch.no_grad()
+    def _first_pass(self, model: Any, plan: _Plan) -> None:
+        """Forward all micro-batches of the step for their losses, and weigh the samples."""
+        losses, tokens = [], []
+        for batch in plan.batches:
+            plan.random.append(_get_random())
+            losses_b, tokens_b, _ = _forward(model, self._prepare_inputs(batch))  # type: ignore[attr-defined]
+            losses.append(losses_b)
+            tokens.append(tokens_b)
+        factors_S = self.weigher.weigh(torch.cat(losses), torch.cat(tokens))
+        plan.factors = list(factors_S.split([len(tokens_b) for tokens_b in tokens]))
+        plan.batches = []
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         saved = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.weigher.state_dict().items()}

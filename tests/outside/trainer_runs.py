@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from moe.transformers_callback import BalanceExperts
 from reweighting.outside import SampleWeigher
@@ -136,13 +136,18 @@ def train(run: Run) -> _Recording:
         gradient_checkpointing=bool(run.checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": run.checkpointing == "reentrant"},
     )  # fmt: skip
+    model = model_of(run)
+    checkpoint = f"{run.out}/checkpoint-{run.save_at}" if run.resume else None
+    if checkpoint is not None and deepspeed is None:
+        # transformers 5.23 saves experts one by one and, resuming, leaves out what has other names: load them first.
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
     balance = BalanceExperts(rule=run.rule, rate=BIAS_RATE)  # type: ignore[arg-type]
     trainer = _Recording(
-        model_of(run), args, train_dataset=rows(run.steps), eval_dataset=rows(1), callbacks=[balance], run=run,
+        model, args, train_dataset=rows(run.steps), eval_dataset=rows(1), callbacks=[balance], run=run,
         weigher=SampleWeigher(temperature=TEMPERATURE, reference=ReferenceConfig(kind=run.reference)),  # type: ignore[arg-type]
     )  # fmt: skip
     trainer.add_callback(_Watch(trainer, balance))
-    trainer.train(resume_from_checkpoint=f"{run.out}/checkpoint-{run.save_at}" if run.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     rank = int(os.environ.get("RANK", "0"))
     trainer.record["logged"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     Path(f"{run.out}/rank{rank}{'-resumed' if run.resume else ''}.json").write_text(json.dumps(trainer.record))
