@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 
+from transformers import TrainingArguments
+
+from moe.foreign_routers import find_routers
 from tests.harness import ROOT, run
-from tests.outside.families import experts_of
+from tests.outside.families import experts_of, tiny_model
 
 PAGE = (ROOT / "moe" / "OTHER_LOOPS.md").read_text()
 
@@ -80,3 +83,23 @@ def test_the_trainer_block_trains(tmp_path: Path) -> None:
 def test_routers_of_ones_own(tmp_path: Path) -> None:
     violations = [float(line) for line in output(tmp_path, "own.py")]
     assert violations[-1] < 0.3 * violations[0]
+
+
+def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## In your own loop") : readme.index("## Write a hook")]
+    in_any_loop, under_the_trainer = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+    model = tiny_model("deepseek_v3").train()
+    batches = [torch.randint(3, 60, (2, 16)) for _ in range(3)]
+    exec(in_any_loop, {"model": model, "batches": batches, "train_step": lambda ids_BT: model(input_ids=ids_BT)})
+    assert all(router.bias_E.any() for router in find_routers(model))
+
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, report_to=[],
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    model = tiny_model("minimax_m2")
+    rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.randint(3, 60, (4, 16))]
+    exec(under_the_trainer, {"model": model, "args": args, "rows": rows})
+    assert all(router.bias_E.any() for router in find_routers(model))
