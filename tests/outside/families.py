@@ -104,7 +104,9 @@ def tiny_model(family: str, **settings: Any) -> nn.Module:
         model = cls(cls.config_class(**common | _SPECIAL.get(family, {}) | settings))
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() == 2 and not weight.any():  # AFMoE's routers begin at zero: every token at the same experts
+            if (
+                weight.requires_grad and weight.dim() == 2 and not weight.any()
+            ):  # AFMoE's routers begin at zero: every token at the same experts
                 weight.normal_(std=0.02)
     return model
 

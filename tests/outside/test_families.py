@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moe.outside import BiasBalancer
-from tests.harness import ROOT
+from tests.outside.conftest import PAGE
 from tests.outside.families import REFUSED, block_of, families, output_of, table, tiny_model
 from trainer.errors import ConfigError
 
-PAGE = (ROOT / "moe" / "OTHER_LOOPS.md").read_text()
 STEPS = 25
 
 # One for each place a bias can be in; all of them run with the slow tests.

@@ -1,5 +1,6 @@
 """The blocks of moe/OTHER_LOOPS.md and of the README's section run as printed, and the bare loop is exact."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,16 @@ pytest.importorskip("accelerate")
 from transformers import TrainingArguments
 
 from moe.foreign_routers import find_routers
-from tests.harness import ROOT, run
+from tests.harness import ROOT
+from tests.outside.conftest import TwoRanks, block, run_job
 from tests.outside.families import experts_of, tiny_model
 
-PAGE = (ROOT / "moe" / "OTHER_LOOPS.md").read_text()
 
-
-def block(name: str) -> str:
-    found = re.search(rf"<!-- run by the tests: {re.escape(name)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
-def output(folder: Path, name: str, ranks: int = 0) -> list[str]:
-    (folder / name).write_text(block(name))
-    done = run(name.removesuffix(".py"), ranks=ranks, cwd=folder, PYTHONPATH=f"{folder}:{ROOT}", DS_ACCELERATOR="cpu")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+def check_bare(printed: list[str]) -> None:
+    rows = [line.split() for line in printed if re.match(r"\d+ \d", line)]
+    losses, violations = plain_losses()
+    assert [float(row[1]) for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [float(row[2]) for row in rows] == pytest.approx(violations, abs=1e-4)
 
 
 def plain_losses() -> tuple[list[float], list[float]]:
@@ -64,24 +58,32 @@ def plain_losses() -> tuple[list[float], list[float]]:
     return losses, violations
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_bare_loop_equals_a_plain_one(tmp_path: Path, ranks: int) -> None:
+def test_the_bare_loop_equals_a_plain_one(two_ranks: TwoRanks) -> None:
     assert block("bare.py").split("# --- from here on")[1].count("\n") <= 45
-    rows = [line.split() for line in output(tmp_path, "bare.py", ranks) if re.match(r"\d+ \d", line)]
-    losses, violations = plain_losses()
-    assert [float(row[1]) for row in rows] == pytest.approx(losses, rel=1e-5)
-    assert [float(row[2]) for row in rows] == pytest.approx(violations, abs=1e-4)
+    check_bare(two_ranks.printed)
 
 
-def test_the_trainer_block_trains(tmp_path: Path) -> None:
-    text = "\n".join(output(tmp_path, "pretrain.py"))
+@pytest.mark.slow
+def test_the_bare_loop_on_one_rank(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(block("bare.py"))
+    check_bare(run_job(json.dumps([str(tmp_path / "bare.py")]), ranks=1).stdout.splitlines())
+
+
+def test_the_trainer_block_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("pretrain.py"), {})
+    text = capsys.readouterr().out
     assert "moe/maxvio" in text
     assert "reweight/ess" in text
     assert "loss/unweighted" in text
 
 
-def test_routers_of_ones_own(tmp_path: Path) -> None:
-    violations = [float(line) for line in output(tmp_path, "own.py")]
+def test_routers_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    exec(block("own.py"), {})
+    violations = [float(line) for line in capsys.readouterr().out.splitlines()]
     assert violations[-1] < 0.3 * violations[0]
 
 

@@ -1,7 +1,8 @@
 """Both hooks under transformers' Trainer, with and without DeepSpeed, equal a plain loop however the batch is cut."""
 
 import json
-import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArg
 from moe.transformers_callback import BalanceExperts
 from reweighting.outside import SampleWeigher
 from reweighting.transformers_trainer import ReweightedTrainer
-from tests.harness import ROOT
-from tests.harness import run as run_module
+from tests.outside.conftest import TwoRanks, run_job
 from tests.outside.families import tiny_model
 from tests.outside.trainer_runs import GLOBAL_BATCH, STEPS, Run, job, order_of, plain, train
 from trainer.errors import ConfigError
-
-
-def run_job(*runs: Run, ranks: int) -> None:
-    done: subprocess.CompletedProcess[str] = run_module(
-        "tests.outside.trainer_runs", job(*runs), ranks=ranks, DS_ACCELERATOR="cpu"
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def records(run: Run, ranks: int, suffix: str = "") -> list[dict[str, Any]]:
@@ -74,23 +67,21 @@ def test_one_process(tmp_path: Path, micro_batch: int, settings: dict[str, Any],
     check(run, 1, reference)
 
 
-def test_two_ranks_with_and_without_deepspeed(tmp_path: Path, reference: dict[str, Any]) -> None:
-    runs = [cut(tmp_path, 2), cut(tmp_path, 2, zero_stage=2)]
-    run_job(*runs, ranks=2)
-    for run in runs:
-        check(run, 2, reference)
+def test_two_ranks_with_and_without_deepspeed(two_ranks: TwoRanks, reference: dict[str, Any]) -> None:
+    for name in ("ddp", "zero2"):
+        check(Run(out=str(two_ranks.folder / name), micro_batch=2), 2, reference)
 
 
 @pytest.mark.slow
 def test_every_cut_and_stage(tmp_path: Path, reference: dict[str, Any]) -> None:
     runs = [cut(tmp_path, m, stage) for m in (4, 2, 1) for stage in (None, 0, 1, 2, 3)]
-    run_job(*runs, ranks=2)
+    run_job(job(*runs), ranks=2)
     for run in runs:
         check(run, 2, reference)
     alone = tmp_path / "alone"
     alone.mkdir()
     runs = [cut(alone, m, stage) for m in (8, 1) for stage in (1, 2)]
-    run_job(*runs, ranks=1)
+    run_job(job(*runs), ranks=1)
     for run in runs:
         check(run, 1, reference)
 
@@ -106,7 +97,7 @@ def test_resumed_equals_unbroken(tmp_path: Path) -> None:
     whole = Run(out=str(tmp_path / "whole"), steps=6, **settings)
     train(whole)
     first = Run(out=str(tmp_path / "broken"), steps=4, save_at=3, **settings)
-    run_job(first, ranks=0)
+    train(first)
     second = Run(out=first.out, steps=6, save_at=3, resume=True, **settings)
     train(second)
     unbroken, half, rest = records(whole, 1)[0], records(first, 1)[0], records(second, 1, "-resumed")[0]
@@ -124,8 +115,8 @@ def test_resumed_equals_unbroken_under_deepspeed(tmp_path: Path, bf16: bool) -> 
     whole = Run(out=str(tmp_path / "whole"), steps=6, **settings)
     first = Run(out=str(tmp_path / "broken"), steps=4, save_at=3, **settings)
     second = Run(out=first.out, steps=6, save_at=3, resume=True, **settings)
-    run_job(whole, first, ranks=2)
-    run_job(second, ranks=2)
+    run_job(job(whole, first), ranks=2)
+    run_job(job(second), ranks=2)
     for rank in range(2):
         unbroken, rest = records(whole, 2)[rank], records(second, 2, "-resumed")[rank]
         assert bits(rest) == bits(unbroken, first=3)
@@ -135,7 +126,7 @@ def test_resumed_equals_unbroken_under_deepspeed(tmp_path: Path, bf16: bool) -> 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_skipped_step_moves_no_bias(tmp_path: Path, bf16: bool) -> None:
     run = cut(tmp_path, 2, zero_stage=1, nan_at=2, bf16=bf16)
-    run_job(run, ranks=2)
+    run_job(job(run), ranks=2)
     for record in records(run, 2):
         assert record["skipped"] == [False, False, True, False, False]
         assert record["bias"][2] == record["bias"][1]
@@ -162,10 +153,11 @@ def test_settings_with_another_loss_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["moe.transformers_callback", "reweighting.transformers_trainer"])
-def test_a_missing_transformers_is_said_plainly(tmp_path: Path, module: str) -> None:
-    (tmp_path / "transformers.py").write_text("raise ImportError('No module named transformers')\n")
-    done = run_module(module, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert f"{module} needs transformers: pip install 'transformers[torch]>=5'" in done.stderr
+def test_a_missing_transformers_is_said_plainly(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ImportError, match=rf"{module} needs transformers: pip install 'transformers\[torch\]>=5'"):
+        import_module(module)
 
 
 def test_a_model_without_such_routers_is_refused_when_the_trainer_is_built(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_a_skipped_step_leaves_no_trace_and_state_goes_through_json() -> None:
     assert one.metrics["reweight/temperature"] == 0.5
 
 
+@pytest.mark.slow
 def test_ranks_may_have_different_numbers_of_samples(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(
         "import torch, torch.distributed as dist\n"

@@ -6,6 +6,7 @@ python -m tests.outside.trainer_runs '[{"out": "folder", "micro_batch": 2}]'.
 
 import json
 import os
+import runpy
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,13 +214,16 @@ def order_of(run: Run, world: int, rank: int) -> list[int]:
     return [start + i for start in starts for i in range(m)]
 
 
-def job(*runs: Run) -> str:
-    """The runs as the one argument of this module."""
-    return json.dumps([asdict(run) for run in runs])
+def job(*runs: Run | str) -> str:
+    """The runs, or paths of programs, as the one argument of this module."""
+    return json.dumps([run if isinstance(run, str) else asdict(run) for run in runs])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for settings in json.loads(sys.argv[1]):
+        if isinstance(settings, str):
+            runpy.run_path(settings)
+            continue
         Path(settings["out"]).mkdir(parents=True, exist_ok=True)
         train(Run(**settings))
