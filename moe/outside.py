@@ -142,7 +142,7 @@ class BiasBalancer:
 
         Raises ConfigError if it is of a model with other routers.
         """
-        saved = [torch.as_tensor(state[f"bias.{i}"]) for i in range(sum(key.startswith("bias.") for key in state))]
+        saved = [_float32(state[f"bias.{i}"]) for i in range(sum(key.startswith("bias.") for key in state))]
         if [len(bias_E) for bias_E in saved] != [layer.router.num_experts for layer in self._layers]:
             raise ConfigError(
                 f"saved balancer state has routers with {[len(bias_E) for bias_E in saved]} experts, "
@@ -153,7 +153,7 @@ class BiasBalancer:
             layer.router.bias_E.copy_(saved[i])
             if state["rule"] == self.rule_name:
                 for name, tensor in layer.state.items():
-                    tensor.copy_(torch.as_tensor(state[f"{name}.{i}"]))
+                    tensor.copy_(_float32(state[f"{name}.{i}"]))
 
     def _new_layer(self, router: ForeignRouter) -> _Layer:
         bias_E = router.bias_E
@@ -252,6 +252,11 @@ def _checked(rule: RuleName, rate: float, clamp: float, options: Mapping[str, fl
     if found is not None and found.multiplicative:
         raise ConfigError("balancer: rule multiplicative needs a router that multiplies by its bias; this one adds it")
     return found
+
+
+def _float32(value: StateValue) -> Tensor:
+    """A saved tensor; JSON brings it back as a list."""
+    return torch.as_tensor(value, dtype=torch.float32)
 
 
 def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
