@@ -1,0 +1,112 @@
+"""The section on the objective: training loss, held-out loss, gradient norm and learning rate."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from launch.report_sections._parts import (
+    INK, MUTED, Chart, Section, Trace, View, axis, digits, line, marked, thin,
+)  # fmt: skip
+from launch.report_sections._record import RunRecord
+from launch.report_sections._runs import hue, over_runs
+
+_SMOOTH_POINTS = 120
+
+
+def training(runs: Sequence[RunRecord]) -> Section | None:
+    """Loss against step, tokens or time; None where no step and no evaluation was recorded."""
+    charts = []
+    if any(run.steps.count for run in runs):
+        charts.append(_loss(runs))
+    if any(run.evals.count for run in runs):
+        charts.append(_heldout(runs))
+    if any("grad_norm" in run.steps for run in runs):
+        charts.append(
+            Chart(
+                "Gradient norm", "Before clipping, with all ranks' gradients reduced.",
+                [View(over_runs(runs, "grad_norm"), layout={"yaxis": axis("norm", type="log")})], direct=len(runs) > 1,
+            )
+        )  # fmt: skip
+    if any("lr" in run.steps for run in runs):
+        traces = over_runs(runs, "lr")
+        charts.append(
+            Chart("Learning rate", "Of the step that was taken.", [View(traces, layout={"yaxis": axis("rate")})],
+                  direct=len(runs) > 1)
+        )  # fmt: skip
+    if not charts:
+        return None
+    return Section("Loss", "The horizontal axis of these charts is chosen at the top of the page.", charts)
+
+
+def _loss(runs: Sequence[RunRecord]) -> Chart:
+    if len(runs) > 1:
+        traces: list[Trace] = list(
+            chain.from_iterable(_smooth(run, i, hue(runs, i), run.name) for i, run in enumerate(runs))
+        )
+        note = "Training loss, averaged over stretches of the run so that runs can be told apart."
+    else:
+        run = runs[0]
+        traces = [*_band(run), *_each_step(run), *_smooth(run, 0, "--s1", "training")]
+        traces += marked(run.evals, "eval/loss", "held-out", run=0, color="--s2")
+        note = "Every step (faint), its mean over stretches of the run, and held-out text."
+    return Chart("Training loss", note, [View(traces, layout={"yaxis": axis("loss, nats a token")})], wide=True,
+                 direct=True, height=400)  # fmt: skip
+
+
+def _each_step(run: RunRecord) -> list[Trace]:
+    return line(run.steps, "loss", "each step", run=0, color="--s1/0.35", width=1, showlegend=False, hoverinfo="skip")
+
+
+def _band(run: RunRecord) -> list[Trace]:
+    """Least and largest loss of each stretch, where a long run is thinned."""
+    x, mean, low, high = thin(*run.steps.line("loss"))
+    if low is mean:
+        return []
+    common = {"type": "scatter", "mode": "lines", "run": 0, "x": x.astype(int).tolist(), "line": {"width": 0},
+              "showlegend": False, "hoverinfo": "skip"}  # fmt: skip
+    return [
+        {**common, "name": "least", "y": digits(low)},
+        {**common, "name": "largest", "y": digits(high), "fill": "tonexty", "fillcolor": "--s1/0.15"},
+    ]
+
+
+def _smooth(run: RunRecord, number: int, color: str, name: str) -> list[Trace]:
+    """Means over at most `_SMOOTH_POINTS` stretches, at their middles."""
+    steps, losses = run.steps.line("loss")
+    if not len(steps):
+        return []
+    pieces = min(_SMOOTH_POINTS, max(1, len(steps) // 3))
+    cuts = np.linspace(0, len(steps), pieces + 1).round().astype(int)[:-1]
+    counts = np.diff(np.append(cuts, len(steps)))
+    x = np.add.reduceat(steps, cuts) / counts
+    y = np.add.reduceat(losses, cuts) / counts
+    return [
+        {"type": "scatter", "mode": "lines" if pieces > 1 else "markers", "name": name, "run": number,
+         "x": digits(x, 8), "y": digits(y), "line": {"color": color, "width": 2}, "marker": {"color": color}}
+    ]  # fmt: skip
+
+
+def _heldout(runs: Sequence[RunRecord]) -> Chart:
+    if len(runs) > 1:
+        traces = over_runs(runs, "eval/loss", evaluations=True)
+        return Chart("Held-out loss", "All domains, weighted by their held-out tokens.",
+                     [View(traces, layout={"yaxis": axis("loss, nats a token")})], direct=True)  # fmt: skip
+    run = runs[0]
+    names = run.heldout_domains
+    traces = [
+        trace
+        for i, name in enumerate(names)
+        for trace in marked(run.evals, f"eval/{name}/ppl", name, run=0, color=f"--s{i % 8 + 1}", width=1.5)
+    ]
+    traces += marked(run.evals, "eval/ppl", "all", run=0, color=INK if names else MUTED, width=2.5)
+    return Chart(
+        "Held-out perplexity by domain", "exp of the mean loss a token; the scale is logarithmic.",
+        [View(traces, layout={"yaxis": axis("perplexity", type="log", dtick="D2" if _span(traces) < 20 else 1)})],
+        wide=True, direct=True, height=400,
+    )  # fmt: skip
+
+
+def _span(traces: Sequence[Trace]) -> float:
+    values = [y for trace in traces for y in trace["y"] if y]
+    return max(values, default=1) / min(values, default=1)
