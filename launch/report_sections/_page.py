@@ -77,7 +77,7 @@ def _section(anchor: str, section: Section, figures: list[Chart]) -> str:
             cards.append(_table(item))
         else:
             close()
-            parts.append(f'<div class="tiles">{"".join(map(_tile, item))}</div>')
+            parts.append(f'<div class="tiles" style="--tiles: {len(item)}">{"".join(map(_tile, item))}</div>')
     close()
     head = f'<h2><a href="#{anchor}">{html.escape(section.title)}</a></h2><p class="intro">{html.escape(section.intro)}</p>'
     return f'\n<section id="{anchor}">{head if section.intro else ""}{"".join(parts)}</section>'
@@ -89,11 +89,11 @@ def _card(number: int, chart: Chart) -> str:
     slider = any(view.frames for view in chart.views)
     return (
         f'\n<figure class="card{" wide" if chart.wide else ""}" data-figure="{number}"><div class="head"><figcaption>'
-        f'<h3>{html.escape(chart.title)}</h3><p class="note">{html.escape(chart.note)}</p></figcaption>'
+        f'<h3>{html.escape(chart.title)}</h3></figcaption>'
         '<div class="tools"><button data-save="png">PNG</button><button data-save="svg">SVG</button>'
-        '<button data-save="csv">CSV</button></div></div>'
+        f'<button data-save="csv">CSV</button></div></div><p class="note">{html.escape(chart.note)}</p>'
         + (f'<div class="menus">{selects}</div>' if selects else "")
-        + '<div class="plot"></div>'
+        + '<div class="plot"></div><div class="legend"></div>'
         + (
             f'<label class="slide"><output></output><input type="range" min="0" step="1" '
             f'aria-label="{html.escape(chart.slider)}"></label>'

@@ -136,6 +136,25 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
 
 
+def log_axis(title: str, traces: Sequence[Trace]) -> dict[str, Any]:
+    """A logarithmic vertical axis with few ticks: 1, 2, 5 in a decade, or decades alone where there are several."""
+    values = [y for trace in traces for y in trace.get("y", ()) if y and y > 0]
+    span = max(values, default=1) / min(values, default=1)
+    return axis(title, type="log", **({"dtick": 1} if span > 50 else {"dtick": "D2"} if span > 3 else {}))
+
+
+def means(columns: Columns, key: str, pieces: int) -> tuple[Floats, Floats]:
+    """Last step and mean of a metric, over so many stretches of the run; stretches without a value are left out."""
+    values, steps = columns[key], columns["step"]
+    pieces = max(1, min(pieces, len(values)))
+    cuts = np.linspace(0, len(values), pieces + 1).round().astype(int)[:-1]
+    there = np.isfinite(values)
+    counts = np.add.reduceat(there.astype(float), cuts)
+    sums = np.add.reduceat(np.where(there, values, 0.0), cuts)
+    ends = np.append(cuts[1:], len(values)) - 1
+    return steps[ends][counts > 0], sums[counts > 0] / counts[counts > 0]
+
+
 def evenly(rows: Sequence[Any], at_most: int) -> list[Any]:
     """At most so many of the rows, first and last among them."""
     if len(rows) <= at_most:

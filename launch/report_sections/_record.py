@@ -48,7 +48,7 @@ class Columns:
                 column.append(value)
         self.count += 1
 
-    def keys(self) -> Iterator[str]:
+    def names(self) -> Iterator[str]:
         """Names of the columns, in the order in which they were met."""
         return iter(self._columns)
 
@@ -176,18 +176,18 @@ class RunRecord:
     @cached_property
     def domain_names(self) -> list[str]:
         """Names of the domains in their order."""
-        trained = [match[1] for key in self.steps.keys() if (match := re.fullmatch(r"domain/(.+)/tokens", key))]
+        trained = [match[1] for key in self.steps.names() if (match := re.fullmatch(r"domain/(.+)/tokens", key))]
         return trained or self.heldout_domains
 
     @cached_property
     def heldout_domains(self) -> list[str]:
         """Names of the domains that have held-out text."""
-        return [match[1] for key in self.evals.keys() if (match := re.fullmatch(r"eval/(.+)/ppl", key))]
+        return [match[1] for key in self.evals.names() if (match := re.fullmatch(r"eval/(.+)/ppl", key))]
 
     @cached_property
     def layers(self) -> list[int]:
         """Numbers of the MoE layers."""
-        keys = [*self.steps.keys(), *(self.evaluations[-1] if self.evaluations else ())]
+        keys = [*self.steps.names(), *(self.evaluations[-1] if self.evaluations else ())]
         return sorted({int(match[1]) for key in keys if (match := re.match(r"moe/layer(\d+)/", key))})
 
     @property

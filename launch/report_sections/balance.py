@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.report_sections._parts import (
-    INK, MUTED, Chart, Frame, Section, Trace, View, axis, digits, frames_that_fit, line, marked, menu,
+    INK,
+    MUTED,
+    Chart,
+    Frame,
+    Section,
+    Trace,
+    View,
+    axis,
+    digits,
+    frames_that_fit,
+    line,
+    marked,
+    menu,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
 from launch.report_sections._runs import over_runs
@@ -118,7 +130,7 @@ def _biases(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Sequence[Row]
             views.append(View(_courses(kept, f"moe/layer{layer}/bias", i), menu(runs, i, f"layer {layer}")))
     return Chart(
         "Selection biases", "One line an expert; those that end highest and lowest are named. Choose the layer in the menu.",
-        views, {"yaxis": axis("bias")}, direct=True,
+        views, {"yaxis": axis("bias")}, direct=True, height=240 + min(26 * max((len(runs[i].domain_names) for i, _ in loaded), default=1), 420),
     )  # fmt: skip
 
 

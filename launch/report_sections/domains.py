@@ -7,7 +7,20 @@ from typing import Any
 import numpy as np
 
 from launch.report_sections._parts import (
-    Chart, Section, Table, Trace, View, axis, color_of, digits, line, marked, menu, number, si,
+    Chart,
+    Section,
+    Table,
+    Trace,
+    View,
+    axis,
+    color_of,
+    digits,
+    log_axis,
+    marked,
+    means,
+    menu,
+    number,
+    si,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
 from launch.report_sections._runs import hue
@@ -62,7 +75,7 @@ def _by_domain(runs: Sequence[RunRecord]) -> Chart:
                              showlegend=len(runs) <= 12)  # fmt: skip
         views.append(View(traces, (name,)))
     return Chart("Held-out perplexity of a domain", "Choose the domain in the menu.", views,
-                 {"yaxis": axis("perplexity", type="log")}, wide=True, direct=True)  # fmt: skip
+                 {"yaxis": log_axis("perplexity", [trace for view in views for trace in view.traces])}, wide=True, direct=True)  # fmt: skip
 
 
 def _trained(runs: Sequence[RunRecord]) -> Table:
@@ -109,35 +122,36 @@ def _corpus(run: RunRecord) -> dict[str, Any]:
     return {} if manifest is None else manifest["domains"]
 
 
+_KINDS = (
+    ("loss", "loss"),
+    ("share of tokens", "tokens"),
+    ("share of objective", "weight"),
+    ("weight set (alpha)", "alpha"),
+)
+_STRETCHES = 60
+
+
 def _shares(runs: Sequence[RunRecord]) -> Chart:
     views = []
     for i, run in enumerate(runs):
-        for label, key in (("loss", "loss"), ("share of tokens", "tokens"), ("share of objective", "weight"),
-                           ("weight set (alpha)", "alpha")):  # fmt: skip
-            traces = []
-            total = sum(
-                (np.nan_to_num(run.steps[f"domain/{n}/tokens"]) for n in run.domain_names), np.zeros(run.steps.count)
-            )
-            for d, name in enumerate(run.domain_names):
-                drawn = line(run.steps, f"domain/{name}/{key}", name, run=i, color=color_of(d), width=1.4)
-                if key == "tokens" and drawn:
-                    drawn = _share_of_tokens(run, i, name, total, color_of(d))
-                traces += drawn
+        for label, kind in _KINDS:
+            traces = [trace for d, name in enumerate(run.domain_names) for trace in _course(run, i, d, name, kind)]
             if traces:
                 views.append(View(traces, menu(runs, i, label)))
     return Chart(
-        "Domains over time", "Training text; choose in the menu. Shares of single steps are noisy: they are what the step drew.",
+        "Domains over time", "Training text, averaged over stretches of the run. Choose in the menu what is drawn.",
         views, {"yaxis": axis("")}, wide=True, direct=True,
     )  # fmt: skip
 
 
-def _share_of_tokens(run: RunRecord, run_number: int, name: str, total: Any, color: str) -> list[Trace]:
-    """Share of a domain over stretches of the run."""
-    pieces = min(60, run.steps.count)
-    cuts = np.linspace(0, run.steps.count, pieces + 1).round().astype(int)[:-1]
-    tokens = np.add.reduceat(np.nan_to_num(run.steps[f"domain/{name}/tokens"]), cuts)
-    steps = run.steps["step"][np.append(cuts[1:], run.steps.count) - 1]
+def _course(run: RunRecord, run_number: int, domain: int, name: str, kind: str) -> list[Trace]:
+    steps, values = means(run.steps, f"domain/{name}/{kind}", _STRETCHES)
+    if kind == "tokens" and len(values):
+        total = sum(means(run.steps, f"domain/{each}/tokens", _STRETCHES)[1] for each in run.domain_names)
+        values = values / np.maximum(total, 1e-9)
+    if not len(steps):
+        return []
     return [
-        {"type": "scatter", "mode": "lines", "name": name, "run": run_number, "x": digits(steps, 8),
-         "y": digits(tokens / np.maximum(np.add.reduceat(total, cuts), 1)), "line": {"color": color, "width": 1.4}}
+        {"type": "scatter", "mode": "lines", "name": name, "run": run_number, "x": digits(steps, 8), "y": digits(values),
+         "line": {"color": color_of(domain), "width": 1.6}}
     ]  # fmt: skip

@@ -59,7 +59,7 @@ def _time(runs: Sequence[RunRecord]) -> Chart:
     for i, run in enumerate(runs):
         if _WHOLE not in run.steps:
             continue
-        parts = [key for key in run.steps.keys() if key.startswith("time/") and key.endswith("_s") and key != _WHOLE]
+        parts = [key for key in run.steps.names() if key.startswith("time/") and key.endswith("_s") and key != _WHOLE]
         columns = {key.removeprefix("time/").removesuffix("_s"): np.nan_to_num(run.steps[key]) for key in parts}
         whole = np.nan_to_num(run.steps[_WHOLE])
         # Parts that overlap (a breakdown within another) would stack above the step: then they are drawn as lines.

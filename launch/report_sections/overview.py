@@ -42,7 +42,7 @@ def tiles(run: RunRecord) -> list[Tile]:
     losses = evals.line("eval/loss")[1]
     if len(losses):
         found.append(_tile("held-out loss", evals, "eval/loss", ".3f"))
-        found.append(_tile("held-out perplexity", evals, "eval/ppl", ",.1f"))
+        found.append(_tile("perplexity", evals, "eval/ppl", ",.1f"))
     elif steps.count:
         found.append(_tile("training loss", steps, "loss", ".3f"))
     if "eval/maxvio_global" in evals:
@@ -53,7 +53,7 @@ def tiles(run: RunRecord) -> list[Tile]:
         values = steps.line("reweight/ess")[1]
         found.append(
             Tile(
-                "effective sample size", number(float(values.mean())), f"mean; least {values.min():.3f}", _spark(values)
+                "mean ESS / B", number(float(values.mean())), f"least {values.min():.3f}", _spark(values)
             )
         )
     if steps.count:

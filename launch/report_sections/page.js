@@ -15,9 +15,10 @@
     const value = variable(name);
     return opacity ? value + Math.round(255 * opacity).toString(16).padStart(2, "0") : value;
   }
+  const isPlain = (value) => typeof value === "number" || value === null;
   function themed(value) {
     if (typeof value === "string") return value.startsWith("--") ? color(value) : value;
-    if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map(themed);
+    if (Array.isArray(value)) return value.every(isPlain) ? value : value.map(themed);
     if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v)]));
     return value;
   }
@@ -38,39 +39,49 @@
   }
 
   // ---- figures -------------------------------------------------------------------------------------------------------
-  const RATIO_TICKS = [0.125, 0.25, 0.5, 1, 2, 4, 8];
-  function asRatio(trace) {
-    const z = trace.z.map((row) => row.map((v) => (v === null ? null : Math.log2(Math.max(v, 0.125)))));
+  const RATIO_TICKS = [[0.125, "⅛"], [0.25, "¼"], [0.5, "½"], [1, "even"], [2, "2×"], [4, "4×"], [8, "8×"]];
+  function asRatio(trace, limit) {
+    const z = trace.z.map((row) => row.map((v) => (v === null ? null : Math.log2(Math.max(v, 2 ** -limit)))));
+    const shown = RATIO_TICKS.filter(([value]) => Math.abs(Math.log2(value)) <= limit);
     return {
-      ...trace, z, customdata: trace.z, zmin: -3, zmax: 3,
+      ...trace, z, customdata: trace.z, zmin: -limit, zmax: limit,
       colorscale: [[0, "--low"], [0.5, "--mid"], [1, "--high"]],
-      colorbar: { tickvals: RATIO_TICKS.map(Math.log2), ticktext: ["≤ ⅛", "¼", "½", "even", "2×", "4×", "≥ 8×"], ...thinBar() },
+      colorbar: { tickvals: shown.map(([value]) => Math.log2(value)), ticktext: shown.map(([, text]) => text), ...thinBar() },
     };
   }
+  // The same scale for all positions of a slider: as far as the view's loads go, between 2x and 8x.
+  function ratioLimit(view) {
+    let largest = 1;
+    for (const frame of view.frames) for (const trace of frame.traces) if (trace.ratio)
+      for (const row of trace.z) for (const v of row) if (v !== null) largest = Math.max(largest, Math.abs(Math.log2(Math.max(v, 0.125))));
+    return Math.min(Math.ceil(largest), 3);
+  }
   const thinBar = () => ({ thickness: 10, outlinewidth: 0, len: 1, tickfont: { size: 11, color: "--muted" }, xpad: 6 });
-  function prepared(trace) {
+  function prepared(trace, card) {
     const { run, ratio, ...rest } = trace;
-    const made = ratio ? asRatio(rest) : rest;
-    if (run !== undefined && made.x) made.x = along(run, made.x, state.axis);
+    const made = ratio ? asRatio(rest, ratioLimit(card.view)) : { ...rest };
+    if (card.hidden.has(trace.name)) made.visible = false;
+    if (run !== undefined && made.x) Object.assign(made, { x: along(run, made.x, state.axis), cliponaxis: made.mode === "lines" });
     if (made.type === "heatmap" && !ratio) made.colorbar = { ...thinBar(), ...made.colorbar };
     return themed(made);
   }
+  const farthest = (traces) => Math.max(...traces.filter((trace) => trace.run !== undefined).map((trace) => along(trace.run, trace.x.slice(-1), state.axis)[0]));
   const follows = (traces) => traces.some((trace) => trace.run !== undefined);
 
+  const heightOf = (spec) => (state.narrow ? Math.min(spec.height, 320) : spec.height);
   function layoutOf(spec, view, traces) {
     const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: "--muted" };
     const axis = { gridcolor: "--grid", zerolinecolor: "--line", linecolor: "--line", tickcolor: "--line", automargin: true, title: { standoff: 8, font }, tickfont: font };
     const given = merge(spec.layout, view.layout);
     const layout = {
-      height: state.narrow ? Math.min(spec.height, 320) : spec.height, font, hovermode: "closest",
+      height: heightOf(spec), font, hovermode: "closest",
       paper_bgcolor: "--card", plot_bgcolor: "--card", margin: { t: 10, b: 40, l: 44, r: 12 },
       legend: { orientation: "h", y: -0.22, x: 0, yanchor: "top", font: { size: 12, color: "--ink" } },
       hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { ...font, color: "--ink" } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", xaxis: axis, yaxis: axis,
     };
-    if (follows(traces)) layout.xaxis = merge(axis, { title: { text: AXES[state.axis] } });
-    const named = traces.filter((trace) => trace.showlegend !== false && trace.name && trace.type !== "heatmap");
-    layout.showlegend = named.length > 1 && !labelled(spec, view);
+    if (follows(traces)) layout.xaxis = merge(axis, { title: { text: AXES[state.axis] }, range: [0, farthest(traces)] });
+    layout.showlegend = false; // a legend in the plot would take the room of the lines: it stands below, in HTML
     if (labelled(spec, view)) layout.margin.r = 14 + 6.6 * Math.max(...ends(traces).map((trace) => trace.name.length));
     return themed(merge(layout, given, Object.fromEntries(["xaxis2", "yaxis2"].filter((k) => given[k]).map((k) => [k, merge(axis, given[k])]))));
   }
@@ -102,7 +113,7 @@
       over = i ? Math.max(0, labels[i - 1].to + gap - labels[i].to) : 0;
     }
     return labels.map(({ trace, to }) => ({
-      xref: "paper", yref: "paper", x: 1, y: Math.min(Math.max(to / height, 0), 1), xanchor: "left", xshift: 6, showarrow: false,
+      xref: "paper", yref: "paper", x: 1, y: Math.min(Math.max(to / height, 0), 1), xanchor: "left", yanchor: "middle", xshift: 6, showarrow: false,
       text: trace.name, font: { size: 12, color: color((trace.line || trace.marker).color) },
     }));
   }
@@ -114,9 +125,23 @@
     if (frame) card.output.textContent = `${spec.slider} ${frame.label}`;
     const layout = layoutOf(spec, view, traces);
     layout.annotations = layout.annotations || [];
-    await Plotly.react(card.plot, traces.map(prepared), layout, { displayModeBar: false, responsive: true });
+    await Plotly.react(card.plot, traces.map((trace) => prepared(trace, card)), layout, { displayModeBar: false, responsive: true });
     if (labelled(spec, view)) await Plotly.relayout(card.plot, { annotations: [...layout.annotations, ...endLabels(card, traces)] });
+    legend(card, traces);
     card.node.dataset.drawn = card.node.dataset.drawn ? +card.node.dataset.drawn + 1 : 1;
+  }
+  const legendOf = (traces) => traces.filter((trace) => trace.showlegend !== false && trace.name && trace.type !== "heatmap");
+  function legend(card, traces) {
+    const named = labelled(card.spec, card.view) ? [] : legendOf(traces);
+    card.legend.replaceChildren(...(named.length > 1 ? named : []).map((trace) => {
+      const item = document.createElement("button");
+      const swatch = document.createElement("i");
+      swatch.style.background = color((trace.line || trace.marker).color.split("/")[0]);
+      item.append(swatch, trace.name);
+      item.setAttribute("aria-pressed", !card.hidden.has(trace.name));
+      item.addEventListener("click", () => { if (!card.hidden.delete(trace.name)) card.hidden.add(trace.name); render(card); });
+      return item;
+    }));
   }
   const renderSoon = (card) => { if (card.seen) render(card); else card.stale = true; };
   const renderAll = (wanted = () => true) => cards.filter(wanted).forEach(renderSoon);
@@ -137,6 +162,7 @@
         option.hidden = option.disabled = !card.spec.views.some((each) => each.labels.slice(0, i + 1).join(MENU_SEPARATOR) === path);
       }
     });
+    card.hidden.clear();
     setUpSlider(card);
     renderSoon(card);
   }
@@ -171,12 +197,15 @@
     const name = `${page.name} ${[card.spec.title, ...card.view.labels].join(" ")}`.replace(/[^\w.-]+/g, "-").toLowerCase();
     if (kind === "csv") return download(`${name}.csv`, csv(card));
     if (!card.node.dataset.drawn) await render(card);
-    return Plotly.downloadImage(card.plot, { format: kind, filename: name, width: card.plot.clientWidth, height: card.plot.clientHeight, scale: kind === "png" ? 2 : 1 });
+    const size = { width: card.plot.clientWidth, height: card.plot.clientHeight };
+    const showlegend = !labelled(card.spec, card.view) && card.legend.childElementCount > 0;
+    const figure = { data: card.plot.data, layout: { ...card.plot.layout, ...size, height: size.height + 70 * showlegend, showlegend } };
+    return Plotly.downloadImage(figure, { format: kind, filename: name, ...size, height: figure.layout.height, scale: kind === "png" ? 2 : 1 });
   }
 
   function setUp(node) {
     const spec = page.figures[+node.dataset.figure];
-    const card = { node, spec, plot: node.querySelector(".plot"), menus: [...node.querySelectorAll("select")], view: spec.views[0], frame: 0, seen: false };
+    const card = { node, spec, plot: node.querySelector(".plot"), legend: node.querySelector(".legend"), hidden: new Set(), menus: [...node.querySelectorAll("select")], view: spec.views[0], frame: 0, seen: false };
     card.slider = node.querySelector("input[type=range]");
     card.output = node.querySelector("output");
     card.menus.forEach((menu, i) => {
@@ -186,7 +215,7 @@
     node.querySelectorAll("button[data-save]").forEach((button) => button.addEventListener("click", () => save(card, button.dataset.save)));
     if (card.slider) card.slider.addEventListener("input", () => { card.frame = +card.slider.value; render(card); });
     if (card.menus.length) choose(card); else setUpSlider(card);
-    card.plot.style.minHeight = `${spec.height}px`;
+    card.plot.style.minHeight = `${heightOf(spec)}px`;
     cards.push(card);
   }
 
@@ -211,7 +240,7 @@
 
   const small = matchMedia("(max-width: 760px)");
   state.narrow = small.matches;
-  small.addEventListener("change", () => { state.narrow = small.matches; renderAll(); });
+  small.addEventListener("change", () => { state.narrow = small.matches; renderAll(); cards.forEach((card) => { card.plot.style.minHeight = `${heightOf(card.spec)}px`; }); });
   document.querySelectorAll("figure[data-figure]").forEach(setUp);
   setAxis(page.axis);
 

@@ -6,7 +6,18 @@ from itertools import chain
 import numpy as np
 
 from launch.report_sections._parts import (
-    Chart, Frame, Section, Table, Trace, View, axis, digits, frames_that_fit, line, menu,
+    Chart,
+    Frame,
+    Section,
+    Table,
+    Trace,
+    View,
+    axis,
+    digits,
+    frames_that_fit,
+    line,
+    log_axis,
+    menu,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
 from launch.report_sections._runs import over_runs
@@ -61,7 +72,7 @@ def _ess(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) ->
 def _temperature(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) -> Chart:
     traces = over_runs(runs, "reweight/temperature")
     return Chart("Temperature", "Large: every sample alike; small: the favoured losses alone.",
-                 [View(traces, layout={"yaxis": axis("temperature", type="log")})], direct=len(runs) > 1)  # fmt: skip
+                 [View(traces, layout={"yaxis": log_axis("temperature", traces)})], direct=len(runs) > 1)  # fmt: skip
 
 
 def _histograms(runs: Sequence[RunRecord], recorded: Sequence[tuple[int, Sequence[Row]]], column: str) -> Chart:

@@ -43,7 +43,7 @@ def write_csv(folder: Path, runs: Sequence[RunRecord], grid: GridRecord | None) 
 
 
 def _columns(columns: Columns) -> tuple[list[str], Iterable[Sequence[Any]]]:
-    keys = ["step", *(key for key in columns.keys() if key != "step")]
+    keys = ["step", *(key for key in columns.names() if key != "step")]
     table = np.stack([columns[key] for key in keys], axis=1)
     return keys, ([int(row[0]), *(None if np.isnan(value) else float(value) for value in row[1:])] for row in table)
 

@@ -6,12 +6,26 @@ from itertools import chain
 import numpy as np
 
 from launch.report_sections._parts import (
-    INK, MUTED, Chart, Section, Trace, View, axis, digits, line, marked, thin,
+    INK,
+    MUTED,
+    Chart,
+    Section,
+    Trace,
+    View,
+    axis,
+    digits,
+    line,
+    log_axis,
+    marked,
+    means,
+    thin,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
 from launch.report_sections._runs import hue, over_runs
+from launch.report_sections.events import events_of
 
 _SMOOTH_POINTS = 120
+_MARKED = ("resume", "skipped", "spike")
 
 
 def training(runs: Sequence[RunRecord]) -> Section | None:
@@ -25,7 +39,7 @@ def training(runs: Sequence[RunRecord]) -> Section | None:
         charts.append(
             Chart(
                 "Gradient norm", "Before clipping, with all ranks' gradients reduced.",
-                [View(over_runs(runs, "grad_norm"), layout={"yaxis": axis("norm", type="log")})], direct=len(runs) > 1,
+                [View(norms := over_runs(runs, "grad_norm"), layout={"yaxis": log_axis("norm", norms)})], direct=len(runs) > 1,
             )
         )  # fmt: skip
     if any("lr" in run.steps for run in runs):
@@ -49,7 +63,10 @@ def _loss(runs: Sequence[RunRecord]) -> Chart:
         run = runs[0]
         traces = [*_band(run), *_each_step(run), *_smooth(run, 0, "--s1", "training")]
         traces += marked(run.evals, "eval/loss", "held-out", run=0, color="--s2")
+        marks = _events(run)
+        traces += marks
         note = "Every step (faint), its mean over stretches of the run, and held-out text."
+        note += " Triangles are restarts, skipped steps and spikes: see the events below." if marks else ""
     return Chart("Training loss", note, [View(traces, layout={"yaxis": axis("loss, nats a token")})], wide=True,
                  direct=True, height=400)  # fmt: skip
 
@@ -71,16 +88,28 @@ def _band(run: RunRecord) -> list[Trace]:
     ]
 
 
-def _smooth(run: RunRecord, number: int, color: str, name: str) -> list[Trace]:
-    """Means over at most `_SMOOTH_POINTS` stretches, at their middles."""
+def _events(run: RunRecord) -> list[Trace]:
+    """Restarts, skips and spikes, where they were."""
     steps, losses = run.steps.line("loss")
+    found = [event for event in events_of(run) if event.kind in _MARKED and event.step is not None]
+    if not found or not len(steps):
+        return []
+    at = np.array([float(event.step or 0) for event in found])
+    return [
+        {"type": "scatter", "mode": "markers", "name": "events", "run": 0, "x": digits(at, 8),
+         "y": digits(np.interp(at, steps, losses)), "text": [f"{event.kind}, step {event.step:,}" for event in found],
+         "hovertemplate": "%{text}<extra></extra>", "showlegend": False,
+         "marker": {"symbol": "triangle-down", "size": 10, "color": "--bad"}}
+    ]  # fmt: skip
+
+
+def _smooth(run: RunRecord, number: int, color: str, name: str) -> list[Trace]:
+    """Means over at most `_SMOOTH_POINTS` stretches."""
+    steps = run.steps.line("loss")[0]
     if not len(steps):
         return []
-    pieces = min(_SMOOTH_POINTS, max(1, len(steps) // 3))
-    cuts = np.linspace(0, len(steps), pieces + 1).round().astype(int)[:-1]
-    counts = np.diff(np.append(cuts, len(steps)))
-    x = np.add.reduceat(steps, cuts) / counts
-    y = np.add.reduceat(losses, cuts) / counts
+    x, y = means(run.steps, "loss", min(_SMOOTH_POINTS, len(steps) // 10 + 2))
+    pieces = len(x)
     return [
         {"type": "scatter", "mode": "lines" if pieces > 1 else "markers", "name": name, "run": number,
          "x": digits(x, 8), "y": digits(y), "line": {"color": color, "width": 2}, "marker": {"color": color}}
@@ -102,11 +131,6 @@ def _heldout(runs: Sequence[RunRecord]) -> Chart:
     traces += marked(run.evals, "eval/ppl", "all", run=0, color=INK if names else MUTED, width=2.5)
     return Chart(
         "Held-out perplexity by domain", "exp of the mean loss a token; the scale is logarithmic.",
-        [View(traces, layout={"yaxis": axis("perplexity", type="log", dtick="D2" if _span(traces) < 20 else 1)})],
+        [View(traces, layout={"yaxis": log_axis("perplexity", traces)})],
         wide=True, direct=True, height=400,
     )  # fmt: skip
-
-
-def _span(traces: Sequence[Trace]) -> float:
-    values = [y for trace in traces for y in trace["y"] if y]
-    return max(values, default=1) / min(values, default=1)
