@@ -72,7 +72,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 def page_of_grid(grid: GridRecord) -> str:
     """The whole page of a grid."""
-    sections = [comparison(grid), *(section for draw in SECTIONS if (section := draw(grid.runs)) is not None)]
+    sections = [*comparison(grid), *(section for draw in SECTIONS if (section := draw(grid.runs)) is not None)]
     return html_page(grid.name, grid.lead, sections, runs=grid.runs)
 
 

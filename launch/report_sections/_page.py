@@ -89,7 +89,7 @@ def _card(number: int, chart: Chart) -> str:
     slider = any(view.frames for view in chart.views)
     return (
         f'\n<figure class="card{" wide" if chart.wide else ""}" data-figure="{number}"><div class="head"><figcaption>'
-        f'<h3>{html.escape(chart.title)}</h3></figcaption>'
+        f"<h3>{html.escape(chart.title)}</h3></figcaption>"
         '<div class="tools"><button data-save="png">PNG</button><button data-save="svg">SVG</button>'
         f'<button data-save="csv">CSV</button></div></div><p class="note">{html.escape(chart.note)}</p>'
         + (f'<div class="menus">{selects}</div>' if selects else "")

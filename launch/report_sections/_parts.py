@@ -137,10 +137,15 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def log_axis(title: str, traces: Sequence[Trace]) -> dict[str, Any]:
-    """A logarithmic vertical axis with few ticks: 1, 2, 5 in a decade, or decades alone where there are several."""
+    """A logarithmic vertical axis with ticks at 1, 2, 5, or at decades where there are several; linear if there is no
+    decade to speak of."""
     values = [y for trace in traces for y in trace.get("y", ()) if y and y > 0]
-    span = max(values, default=1) / min(values, default=1)
-    return axis(title, type="log", **({"dtick": 1} if span > 50 else {"dtick": "D2"} if span > 3 else {}))
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    if high < 3 * low:
+        return axis(title)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**e for e in decades for m in ((1, 2, 5) if high < 200 * low else (1,))]
+    return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:,.10g}" for tick in ticks])
 
 
 def means(columns: Columns, key: str, pieces: int) -> tuple[Floats, Floats]:

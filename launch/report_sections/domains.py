@@ -16,14 +16,13 @@ from launch.report_sections._parts import (
     color_of,
     digits,
     log_axis,
-    marked,
     means,
     menu,
     number,
     si,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
-from launch.report_sections._runs import hue
+from launch.report_sections._runs import over_runs
 from trainer.data.prepare import read_manifest
 from trainer.errors import EvenkeelError
 
@@ -62,17 +61,14 @@ def _perplexities(runs: Sequence[RunRecord]) -> Table:
         [run.name, *(number(run.evals.last(key), ",.1f") for key in [f"eval/{n}/ppl" for n in names] + ["eval/ppl"])]
         for run in runs
     ]
-    return Table("Held-out perplexity, last evaluation", "", ["run", *names, "all"], rows)
+    return Table("Held-out perplexity, last evaluation", "", ["run", *names, "all"], rows, folded=len(runs) > 8)
 
 
 def _by_domain(runs: Sequence[RunRecord]) -> Chart:
     names = list(dict.fromkeys(name for run in runs for name in run.heldout_domains))
     views = []
     for name in names:
-        traces: list[Trace] = []
-        for i, run in enumerate(runs):
-            traces += marked(run.evals, f"eval/{name}/ppl", run.name, run=i, color=hue(runs, i), width=1.4,
-                             showlegend=len(runs) <= 12)  # fmt: skip
+        traces = over_runs(runs, f"eval/{name}/ppl", evaluations=True)
         views.append(View(traces, (name,)))
     return Chart("Held-out perplexity of a domain", "Choose the domain in the menu.", views,
                  {"yaxis": log_axis("perplexity", [trace for view in views for trace in view.traces])}, wide=True, direct=True)  # fmt: skip

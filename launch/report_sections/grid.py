@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from launch.report_sections._grid import GridRecord
-from launch.report_sections._parts import Chart, Section, Table, Trace, View, axis, digits, number, si
+from launch.report_sections._parts import Chart, Section, Table, Tile, Trace, View, axis, digits, number, si
 from launch.report_sections._record import RunRecord
 from launch.report_sections._statistics import Difference, compare, first_reached, what_can_be_said
 
@@ -41,21 +41,26 @@ MEASURES = (
 )
 
 
-def comparison(grid: GridRecord) -> Section:
-    """Means, paired differences, intervals and tests; dots of seeds; cost to reach the baseline's loss; what failed."""
+def comparison(grid: GridRecord) -> list[Section]:
+    """Two sections: the headline; and means, paired differences, intervals and tests; dots of seeds; cost to reach the baseline's loss; what failed."""
     items: list[Chart | Table] = []
     dots, gaps = [], []
+    every: dict[str, dict[str, dict[int, float]]] = {}
+    differences: dict[str, dict[str, Difference]] = {}
     for measure in MEASURES:
         values = {variant: _values(grid, variant, measure) for variant in grid.variants}
         if not any(values.values()):
             continue
         found = compare(values, grid.baseline) if grid.baseline else {}
+        every[measure.label], differences[measure.label] = values, found
         items.append(_table(grid, measure, values, found))
         dots.append(View(_dots(grid, values), (measure.label,), {"xaxis": axis(measure.label)}))
         if found:
-            gaps.append(View(_intervals(found), (measure.label,), {"xaxis": axis(f"difference in {measure.label}")}))
+            gaps.append(
+                View(_intervals(found), (measure.label,), {"xaxis": _span(found, f"difference in {measure.label}")})
+            )
     height = 130 + 30 * len(grid.variants)
-    layout = {"yaxis": {"autorange": "reversed", "automargin": True, "type": "category"}, "showlegend": False}
+    layout = {"yaxis": {"autorange": "reversed", "automargin": True, "type": "category"}}
     charts = []
     if gaps:
         charts.append(
@@ -70,7 +75,8 @@ def comparison(grid: GridRecord) -> Section:
         "Only runs that reached their last step are compared. A run is paired with the baseline's run of the same seed, "
         "which had the same initial weights and the same data."
     )
-    return Section("Comparison of variants", intro, tables)
+    headline = _headline(grid, every, differences.get(MEASURES[0].label, {}))
+    return [Section("Overview", "", [headline]), Section("Variants", intro, tables)]
 
 
 def _values(grid: GridRecord, variant: str, measure: Measure) -> dict[int, float]:
@@ -140,7 +146,7 @@ def _intervals(found: dict[str, Difference]) -> list[Trace]:
         color = "--s1" if each.is_shown else "--muted"
         if each.t_interval is not None:
             traces.append(
-                {"type": "scatter", "mode": "lines", "name": f"{variant}, 95 % t", "x": digits(each.t_interval),
+                {"type": "scatter", "mode": "lines", "showlegend": False, "name": f"{variant}, 95 % t", "x": digits(each.t_interval),
                  "y": [variant, variant], "line": {"color": color, "width": 2}, "hoverinfo": "x"}
             )  # fmt: skip
         traces += _seeds(variant, range(len(each.values_N)), each.values_N.tolist(), color)
@@ -152,12 +158,46 @@ def _seeds(variant: str, seeds: Sequence[int], values: Sequence[float], color: s
         return []
     bar = {"symbol": "line-ns", "size": 18, "line": {"width": 3, "color": color}}
     return [
-        {"type": "scatter", "mode": "markers", "name": variant, "x": digits(values), "y": [variant] * len(values),
+        {"type": "scatter", "mode": "markers", "showlegend": False, "name": variant, "x": digits(values), "y": [variant] * len(values),
          "marker": {"color": f"{color}/0.55", "size": 9}, "text": [f"seed {seed}" for seed in seeds],
          "hovertemplate": "%{x}, %{text}<extra></extra>"},
-        {"type": "scatter", "mode": "markers", "name": f"{variant}, mean", "x": digits([float(np.mean(values))]),
+        {"type": "scatter", "mode": "markers", "showlegend": False, "name": f"{variant}, mean", "x": digits([float(np.mean(values))]),
          "y": [variant], "marker": bar, "hovertemplate": "mean %{x}<extra></extra>"},
     ]  # fmt: skip
+
+
+def _span(found: dict[str, Difference], title: str) -> dict[str, object]:
+    """An axis that holds zero, every dot and every interval, with some room."""
+    ends = [0.0, *(x for each in found.values() for x in (*each.values_N.tolist(), *(each.t_interval or ())))]
+    room = 0.06 * (max(ends) - min(ends)) or 1.0
+    return axis(title, range=[min(ends) - room, max(ends) + room])
+
+
+def _headline(
+    grid: GridRecord, values: dict[str, dict[str, dict[int, float]]], found: dict[str, Difference]
+) -> list[Tile]:
+    """The figures of a grid: how far it is, what was best, and how many differences stand."""
+    complete = sum(len(grid.complete(variant)) for variant in grid.variants)
+    tiles = [Tile("runs complete", f"{complete} of {len(grid.plan)}", f"{len(grid.variants)} variants")]
+    for measure, short in zip(MEASURES, ("loss", "MaxVio"), strict=False):
+        means = {v: float(np.mean(list(n.values()))) for v, n in values.get(measure.label, {}).items() if n}
+        if grid.baseline in means:
+            tiles.append(Tile(f"baseline {short}", number(means[grid.baseline], measure.form), grid.baseline))
+        if means:
+            best = min(means, key=means.__getitem__)
+            tiles.append(Tile(f"least {short}", number(means[best], measure.form), best))
+    if found:
+        shown = sum(each.is_shown for each in found.values())
+        tiles.append(Tile("differences that stand", f"{shown} of {len(found)}", "loss, after Holm"))
+    tokens = sum(run.steps.last("tokens") or 0.0 for run in grid.runs)
+    return [
+        *tiles,
+        Tile(
+            "tokens trained",
+            si(tokens),
+            f"{sum(float(run.hours[-1]) for run in grid.runs if run.steps.count):.2g} h of steps",
+        ),
+    ]
 
 
 def _zero() -> dict[str, object]:

@@ -13,7 +13,13 @@ _SPARK = 60
 
 def overview(runs: Sequence[RunRecord]) -> Section:
     """Always there."""
-    return Section("Overview", "", [tiles(runs[0])] if len(runs) == 1 else [_table(runs)])
+    if len(runs) == 1:
+        return Section("Overview", "", [tiles(runs[0])])
+    return Section(
+        "Runs",
+        "MaxVio over held-out text; time in training steps. The lowest held-out loss is in bold.",
+        [_table(runs)],
+    )
 
 
 def lead(runs: Sequence[RunRecord]) -> str:
@@ -51,11 +57,7 @@ def tiles(run: RunRecord) -> list[Tile]:
         found.append(_tile("MaxVio of a batch", steps, "moe/maxvio_batch", ".3f"))
     if "reweight/ess" in steps:
         values = steps.line("reweight/ess")[1]
-        found.append(
-            Tile(
-                "mean ESS / B", number(float(values.mean())), f"least {values.min():.3f}", _spark(values)
-            )
-        )
+        found.append(Tile("mean ESS / B", number(float(values.mean())), f"least {values.min():.3f}", _spark(values)))
     if steps.count:
         speed = steps.line("tokens_per_s")[1]
         if len(speed):
@@ -104,8 +106,7 @@ def _table(runs: Sequence[RunRecord]) -> Table:
     best = frozenset(i for i, loss in enumerate(losses) if known and loss == min(known))
     columns = ["run", "status", "step", "tokens", "held-out loss", "perplexity", "MaxVio", "mean ESS", "tokens / s", "time",
                "skipped"]  # fmt: skip
-    note = "MaxVio over held-out text; time in training steps. The lowest held-out loss is in bold." if known else ""
-    return Table("Runs", note, columns, rows, emphasis=best, folded=False)
+    return Table(f"{len(runs)} runs", "", columns, rows, emphasis=best, folded=len(runs) > 8)
 
 
 def _count(runs: Sequence[RunRecord]) -> str:

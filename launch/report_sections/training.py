@@ -1,7 +1,6 @@
 """The section on the objective: training loss, held-out loss, gradient norm and learning rate."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from launch.report_sections._parts import (
     thin,
 )  # fmt: skip
 from launch.report_sections._record import RunRecord
-from launch.report_sections._runs import hue, over_runs
+from launch.report_sections._runs import SEEDS, curve, has_seeds, over_runs
 from launch.report_sections.events import events_of
 
 _SMOOTH_POINTS = 120
@@ -55,13 +54,15 @@ def training(runs: Sequence[RunRecord]) -> Section | None:
 
 def _loss(runs: Sequence[RunRecord]) -> Chart:
     if len(runs) > 1:
-        traces: list[Trace] = list(
-            chain.from_iterable(_smooth(run, i, hue(runs, i), run.name) for i, run in enumerate(runs))
-        )
-        note = "Training loss, averaged over stretches of the run so that runs can be told apart."
+        traces = over_runs(runs, "loss", smooth=True)
+        note = SEEDS if has_seeds(runs) else "Averaged over stretches of the run, so that runs can be told apart."
     else:
         run = runs[0]
-        traces = [*_band(run), *_each_step(run), *_smooth(run, 0, "--s1", "training")]
+        traces = [
+            *_band(run),
+            *_each_step(run),
+            *curve(*means(run.steps, "loss", min(_SMOOTH_POINTS, run.steps.count // 10 + 2)), "training", 0, "--s1"),
+        ]
         traces += marked(run.evals, "eval/loss", "held-out", run=0, color="--s2")
         marks = _events(run)
         traces += marks
@@ -103,24 +104,11 @@ def _events(run: RunRecord) -> list[Trace]:
     ]  # fmt: skip
 
 
-def _smooth(run: RunRecord, number: int, color: str, name: str) -> list[Trace]:
-    """Means over at most `_SMOOTH_POINTS` stretches."""
-    steps = run.steps.line("loss")[0]
-    if not len(steps):
-        return []
-    x, y = means(run.steps, "loss", min(_SMOOTH_POINTS, len(steps) // 10 + 2))
-    pieces = len(x)
-    return [
-        {"type": "scatter", "mode": "lines" if pieces > 1 else "markers", "name": name, "run": number,
-         "x": digits(x, 8), "y": digits(y), "line": {"color": color, "width": 2}, "marker": {"color": color}}
-    ]  # fmt: skip
-
-
 def _heldout(runs: Sequence[RunRecord]) -> Chart:
     if len(runs) > 1:
         traces = over_runs(runs, "eval/loss", evaluations=True)
-        return Chart("Held-out loss", "All domains, weighted by their held-out tokens.",
-                     [View(traces, layout={"yaxis": axis("loss, nats a token")})], direct=True)  # fmt: skip
+        return Chart("Held-out loss", "All domains, weighted by their held-out tokens." + (f" {SEEDS}" if has_seeds(runs) else ""),
+                     [View(traces, layout={"yaxis": axis("loss, nats a token")})], wide=True, direct=True)  # fmt: skip
     run = runs[0]
     names = run.heldout_domains
     traces = [
