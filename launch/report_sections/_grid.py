@@ -76,7 +76,8 @@ class GridRecord:
         seeds = len({run.seed for run in self.plan})
         complete = sum(len(self.complete(variant)) for variant in self.variants)
         return (
-            f"{len(self.variants)} variants x {seeds} seed{'s' if seeds > 1 else ''}; {complete} of {len(self.plan)} runs "
+            f"{len(self.variants)} variants x {seeds} seed{'s' if seeds > 1 else ''}; {complete} of "
+            f"{len(self.plan)} runs "
             f"are complete; baseline: {self.baseline or 'none'}."
         )
 

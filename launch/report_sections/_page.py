@@ -15,7 +15,8 @@ _AXIS_POINTS = 2000
 _NUMBER = re.compile(r"[-+−±~]?[\d.,]+|[–✓]")
 _THEME = "document.documentElement.dataset.theme=matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light'"
 _FOOT = (
-    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is shown it reaches from "
+    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is "
+    "shown it reaches from "
     "the least to the largest value of each stretch. Sliders and tables show an even selection, first and last always "
     "among it. Drag in a chart to zoom, double-click to go back."
 )
@@ -79,7 +80,8 @@ def _section(anchor: str, section: Section, figures: list[Chart]) -> str:
             close()
             parts.append(f'<div class="tiles" style="--tiles: {len(item)}">{"".join(map(_tile, item))}</div>')
     close()
-    head = f'<h2><a href="#{anchor}">{html.escape(section.title)}</a></h2><p class="intro">{html.escape(section.intro)}</p>'
+    title, intro = html.escape(section.title), html.escape(section.intro)
+    head = f'<h2><a href="#{anchor}">{title}</a></h2><p class="intro">{intro}</p>'
     return f'\n<section id="{anchor}">{head if section.intro else ""}{"".join(parts)}</section>'
 
 
@@ -123,7 +125,8 @@ def _table(table: Table) -> str:
         for i, row in enumerate(table.rows)
     )
     title, note = html.escape(table.title), html.escape(table.note)
-    grid = f'<div class="scroll"><table><thead><tr>{cells("th", table.columns)}</tr></thead><tbody>{rows}</tbody></table></div>'
+    head = f"<thead><tr>{cells('th', table.columns)}</tr></thead>"
+    grid = f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
     note = f'<p class="note">{note}</p>' if note else ""
     if table.folded:
         return f'\n<div class="card wide"><details><summary>{title}</summary>{note}{grid}</details></div>'

@@ -4,14 +4,12 @@ Numbers become columns, one value a row. Rows that carry arrays (loads, biases, 
 they are read, to an even selection that always holds the first and the last.
 """
 
-import fcntl
 import json
 import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +171,18 @@ class RunRecord:
         """An even selection of the steps whose samples were recorded."""
         return self._samples.rows()
 
-    @cached_property
+    @property
     def domain_names(self) -> list[str]:
         """Names of the domains in their order."""
         trained = [match[1] for key in self.steps.names() if (match := re.fullmatch(r"domain/(.+)/tokens", key))]
         return trained or self.heldout_domains
 
-    @cached_property
+    @property
     def heldout_domains(self) -> list[str]:
         """Names of the domains that have held-out text."""
         return [match[1] for key in self.evals.names() if (match := re.fullmatch(r"eval/(.+)/ppl", key))]
 
-    @cached_property
+    @property
     def layers(self) -> list[int]:
         """Numbers of the MoE layers."""
         keys = [*self.steps.names(), *(self.evaluations[-1] if self.evaluations else ())]
@@ -210,7 +208,7 @@ class RunRecord:
             return "as recorded"
         return "finished" if self.last_step >= planned else "stopped early"
 
-    @cached_property
+    @property
     def hours(self) -> Floats:
         """Hours of training up to the end of each step, [steps]: the sum of step times."""
         return np.nancumsum(self.steps["time/step_s"]) / 3600
@@ -240,12 +238,13 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a living process of this machine trains in the folder (it holds the lock file)."""
+    """Whether a living process of this machine trains in the folder: it holds the lock file.
+
+    Asked of the kernel's list, and not by trying the lock: a trainer that starts at this moment would be refused.
+    """
     try:
-        with (folder / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        inode = str((folder / ".lock").stat().st_ino)
+        locks = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return False
-    return False
+    return any("FLOCK" in line and "->" not in line and f":{inode} " in line for line in locks)

@@ -49,7 +49,8 @@ def difference(values_N: Sequence[float]) -> Difference:
     test = stats.ttest_1samp(d_N, 0.0)
     t_interval = test.confidence_interval(LEVEL)
     resampled = stats.bootstrap(
-        (d_N,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(0)
+        (d_N,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
+        rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return Difference(
         d_N, mean, (float(t_interval.low), float(t_interval.high)), (float(resampled.low), float(resampled.high)),
@@ -100,7 +101,8 @@ def what_can_be_said(pairs: int, comparisons: int) -> str:
     """What so many paired seeds allow to conclude, in words."""
     if pairs < 2:
         return (
-            "One seed: there is no interval and no test. A difference between two runs of one seed may be noise; run at "
+            "One seed: there is no interval and no test. A difference between two runs of one seed may be noise; "
+            "run at "
             "least three seeds."
         )
     least = 2 / 2**pairs
@@ -108,8 +110,10 @@ def what_can_be_said(pairs: int, comparisons: int) -> str:
     distinct = math.comb(2 * pairs - 1, pairs)
     words = (
         f"{pairs} paired seeds: the t interval and its test are exact if differences between seeds are normal, which "
-        f"{pairs} values cannot show. The bootstrap assumes less and claims more than it can: it has {distinct:,} distinct "
-        f"resamples and lies within the least and largest difference, so it holds the true one at most {covered:.0%} of "
+        f"{pairs} values cannot show. The bootstrap assumes less and claims more than it can: it has "
+        f"{distinct:,} distinct "
+        "resamples and lies within the least and largest difference, so it holds the true one at most "
+        f"{covered:.0%} of "
         f"the time, not 95 %. A test without the assumption (flipping signs) cannot go below p = {least:.2g}."
     )
     if least > 1 - LEVEL:

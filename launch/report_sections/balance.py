@@ -50,8 +50,10 @@ def _certificate(runs: Sequence[RunRecord]) -> str:
     if not certified:
         return "No balance certificate: no rule moved a bias."
     return (
-        f"Balance certificate: {certified} of {sum(run.evals.count for run in runs)} evaluations. Each says that every MoE "
-        "layer is balanced, loads were tokens x K at every step, and biases are float32, alike on all ranks and moved by "
+        f"Balance certificate: {certified} of {sum(run.evals.count for run in runs)} evaluations. Each says "
+        "that every MoE "
+        "layer is balanced, loads were tokens x K at every step, and biases are float32, alike on all ranks "
+        "and moved by "
         "their hook alone."
     )
 
@@ -87,7 +89,8 @@ def _violations(runs: Sequence[RunRecord], measured: Sequence[tuple[int, RunReco
         views.append(View(traces, menu(runs, i, *(("by layer",) if len(runs) > 1 else ()))))
     return Chart(
         "MaxVio",
-        "How far the busiest expert of a layer lies above the mean load: of each training batch (thin: one layer; dark: their "
+        "How far the busiest expert of a layer lies above the mean load: of each training batch (thin: one "
+        "layer; dark: their "
         "mean), and over all held-out text. 0 is perfect balance.",
         [view for view in views if view.traces], {"yaxis": axis("MaxVio", rangemode="tozero")}, wide=True, direct=True,
         height=380,
@@ -114,7 +117,8 @@ def _load_map(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Sequence[Ro
     layers = max(len(rows[-1]["moe/loads"]) for _, rows in loaded)
     return Chart(
         "Held-out load of each expert",
-        "Relative to an even share of the layer's tokens; blue gets less, red more. Move the slider through the evaluations.",
+        "Relative to an even share of the layer's tokens; blue gets less, red more. Move the slider through "
+        "the evaluations.",
         views, {"xaxis": axis("expert"), "yaxis": axis("layer", autorange="reversed", dtick=1 if layers < 16 else 4)},
         wide=True, height=200 + min(24 * layers, 420),
     )  # fmt: skip
@@ -129,8 +133,9 @@ def _biases(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Sequence[Row]
         for layer in layers:
             views.append(View(_courses(kept, f"moe/layer{layer}/bias", i), menu(runs, i, f"layer {layer}")))
     return Chart(
-        "Selection biases", "One line an expert; those that end highest and lowest are named. Choose the layer in the menu.",
-        views, {"yaxis": axis("bias")}, direct=True, height=240 + min(26 * max((len(runs[i].domain_names) for i, _ in loaded), default=1), 420),
+        "Selection biases",
+        "One line an expert; those that end highest and lowest are named. Choose the layer in the menu.",
+        views, {"yaxis": axis("bias")}, direct=True, height=240 + _height(runs, loaded),
     )  # fmt: skip
 
 
@@ -167,13 +172,18 @@ def _specialisation(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Seque
             frames = [Frame(f"{row['step']:,}", [trace]) for row in kept if (trace := _domain_map(run, row, layer))]
             if frames:
                 views.append(View(labels=menu(runs, i, f"layer {layer}"), frames=frames))
-    domains = max((len(runs[i].domain_names) for i, _ in loaded), default=1)
     return Chart(
         "Experts and domains",
-        "How much of a domain's held-out text an expert takes, relative to an even share: a row without colour is a domain "
+        "How much of a domain's held-out text an expert takes, relative to an even share: a row without "
+        "colour is a domain "
         "without specialists.",
-        views, {"xaxis": axis("expert"), "yaxis": {"autorange": "reversed"}}, height=200 + min(26 * domains, 420),
+        views, {"xaxis": axis("expert"), "yaxis": {"autorange": "reversed"}}, height=200 + _height(runs, loaded),
     )  # fmt: skip
+
+
+def _height(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Sequence[Row]]]) -> int:
+    """Of a map with a row for each domain, in pixels."""
+    return min(26 * max((len(runs[i].domain_names) for i, _ in loaded), default=1), 420)
 
 
 def _domain_map(run: RunRecord, row: Row, layer: int) -> dict[str, Any] | None:

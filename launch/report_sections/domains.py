@@ -1,4 +1,4 @@
-"""The section on domains and data: perplexity of each, tokens trained, shares of the objective, where the text is from."""
+"""The section on domains and data: perplexity of each, tokens trained, shares of the objective, and the corpus."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +53,8 @@ def _perplexities(runs: Sequence[RunRecord]) -> Table:
                 None if first is None or last is None or min(first, last) <= 1 else np.log(last) / np.log(first) - 1
             )
             best = columns.line(key)[1]
-            rows.append([name, number(first, ",.1f"), number(last, ",.1f"), number(float(best.min()) if len(best) else None, ",.1f"),
+            rows.append([name, number(first, ",.1f"), number(last, ",.1f"),
+                         number(float(best.min()) if len(best) else None, ",.1f"),
                          number(change, "+.1%")])  # fmt: skip
         return Table("Held-out perplexity", "Loss: relative change of the mean loss a token.",
                      ["domain", "first", "last", "best", "loss"], rows, emphasis=frozenset({len(names)}))  # fmt: skip
@@ -71,7 +72,8 @@ def _by_domain(runs: Sequence[RunRecord]) -> Chart:
         traces = over_runs(runs, f"eval/{name}/ppl", evaluations=True)
         views.append(View(traces, (name,)))
     return Chart("Held-out perplexity of a domain", "Choose the domain in the menu.", views,
-                 {"yaxis": log_axis("perplexity", [trace for view in views for trace in view.traces])}, wide=True, direct=True)  # fmt: skip
+                 {"yaxis": log_axis("perplexity", [trace for view in views for trace in view.traces])}, wide=True,
+                 direct=True)  # fmt: skip
 
 
 def _trained(runs: Sequence[RunRecord]) -> Table:
@@ -99,7 +101,8 @@ def _trained(runs: Sequence[RunRecord]) -> Table:
                "documents", "bytes / token"]  # fmt: skip
     return Table(
         "Text trained on",
-        "A domain whose share of the objective lies above its share of tokens is one that the weights favour. The columns "
+        "A domain whose share of the objective lies above its share of tokens is one that the weights "
+        "favour. The columns "
         "from the corpus on need the prepared data on the machine that makes the report.",
         [*(["run"] if len(runs) > 1 else []), *columns], rows, folded=len(runs) > 2,
     )  # fmt: skip
@@ -148,6 +151,7 @@ def _course(run: RunRecord, run_number: int, domain: int, name: str, kind: str) 
     if not len(steps):
         return []
     return [
-        {"type": "scatter", "mode": "lines", "name": name, "run": run_number, "x": digits(steps, 8), "y": digits(values),
+        {"type": "scatter", "mode": "lines", "name": name, "run": run_number, "x": digits(steps, 8),
+         "y": digits(values),
          "line": {"color": color_of(domain), "width": 1.6}}
     ]  # fmt: skip

@@ -18,10 +18,12 @@ def events(runs: Sequence[RunRecord]) -> Section | None:
     """What happened in each run; a run in which nothing happened says so."""
     rows = []
     for run in runs:
-        rows += [[*([run.name] if len(runs) > 1 else []), f"{e.step:,}" if e.step is not None else "–", e.kind, e.clock, e.text]
+        whose = [run.name] if len(runs) > 1 else []
+        rows += [[*whose, f"{e.step:,}" if e.step is not None else "–", e.kind, e.clock, e.text]
                  for e in events_of(run)]  # fmt: skip
     intro = (
-        "Restarts, skipped steps, spikes, phases of the data and warnings, from log.txt and metrics.jsonl. A spike is a loss "
+        "Restarts, skipped steps, spikes, phases of the data and warnings, from log.txt and metrics.jsonl. A "
+        "spike is a loss "
         f"more than {SPIKE_SIGMAS:g} robust standard deviations above the median of the {SPIKE_WINDOW} steps before it."
     )
     if not rows:
@@ -32,15 +34,18 @@ def events(runs: Sequence[RunRecord]) -> Section | None:
     return Section("Events", intro, [table])
 
 
-def events_of(run: RunRecord) -> list[LogEvent]:
-    """Events of a run in the order of their steps; those without a step keep their place in the log."""
+def events_of(run: RunRecord, *, spikes_within: int | None = None) -> list[LogEvent]:
+    """Events of a run in the order of their steps; those without a step keep their place in the log.
+
+    `spikes_within`: look for spikes in so many last steps only.
+    """
     found, step = [], 0
     for event in run.log:
         if event.kind == "skip":
             continue  # metrics have every one
         step = event.step if event.step is not None else step
         found.append((step, event))
-    for event in [*_skips(run), *_spikes(run)]:
+    for event in [*_skips(run), *_spikes(run, spikes_within)]:
         assert event.step is not None
         found.append((event.step, event))
     if run.unreadable_lines:
@@ -57,8 +62,8 @@ def _skips(run: RunRecord) -> Iterator[LogEvent]:
         yield LogEvent(first, "skipped", many + (reasons.get(first) or "nothing was changed"), "")
 
 
-def _spikes(run: RunRecord) -> Iterator[LogEvent]:
-    steps, losses = run.steps.line("loss")
+def _spikes(run: RunRecord, within: int | None) -> Iterator[LogEvent]:
+    steps, losses = (column[-within:] if within else column for column in run.steps.line("loss"))
     for first, last in _stretches(steps[spikes(losses)].astype(int)):
         peak = losses[(steps >= first) & (steps <= last)].max()
         before = np.median(losses[steps < first][-SPIKE_WINDOW:])

@@ -42,7 +42,7 @@ MEASURES = (
 
 
 def comparison(grid: GridRecord) -> list[Section]:
-    """Two sections: the headline; and means, paired differences, intervals and tests; dots of seeds; cost to reach the baseline's loss; what failed."""
+    """Two sections: the headline; and differences with intervals and tests, dots of seeds, costs, what failed."""
     items: list[Chart | Table] = []
     dots, gaps = [], []
     every: dict[str, dict[str, dict[int, float]]] = {}
@@ -72,7 +72,8 @@ def comparison(grid: GridRecord) -> list[Section]:
     cost = _cost(grid)
     tables = [*items[:1], *charts, *([cost] if cost else []), *_crossed(grid), *items[1:], *_unfinished(grid)]
     intro = (
-        "Only runs that reached their last step are compared. A run is paired with the baseline's run of the same seed, "
+        "Only runs that reached their last step are compared. A run is paired with the baseline's run of the "
+        "same seed, "
         "which had the same initial weights and the same data."
     )
     headline = _headline(grid, every, differences.get(MEASURES[0].label, {}))
@@ -98,7 +99,8 @@ def _table(
                 number(float(numbers.std(ddof=1)) if len(numbers) > 1 else None, form),
                 *(
                     [
-                        number(each.mean, signed), _interval(each.t_interval, signed), _interval(each.bootstrap, signed),
+                        number(each.mean, signed), _interval(each.t_interval, signed),
+                        _interval(each.bootstrap, signed),
                         number(each.p, ".3f"), number(each.p_holm, ".3f"), _verdict(each, measure),
                     ]
                     if each
@@ -146,7 +148,8 @@ def _intervals(found: dict[str, Difference]) -> list[Trace]:
         color = "--s1" if each.is_shown else "--muted"
         if each.t_interval is not None:
             traces.append(
-                {"type": "scatter", "mode": "lines", "showlegend": False, "name": f"{variant}, 95 % t", "x": digits(each.t_interval),
+                {"type": "scatter", "mode": "lines", "showlegend": False, "name": f"{variant}, 95 % t",
+                 "x": digits(each.t_interval),
                  "y": [variant, variant], "line": {"color": color, "width": 2}, "hoverinfo": "x"}
             )  # fmt: skip
         traces += _seeds(variant, range(len(each.values_N)), each.values_N.tolist(), color)
@@ -158,10 +161,12 @@ def _seeds(variant: str, seeds: Sequence[int], values: Sequence[float], color: s
         return []
     bar = {"symbol": "line-ns", "size": 18, "line": {"width": 3, "color": color}}
     return [
-        {"type": "scatter", "mode": "markers", "showlegend": False, "name": variant, "x": digits(values), "y": [variant] * len(values),
+        {"type": "scatter", "mode": "markers", "showlegend": False, "name": variant,
+         "x": digits(values), "y": [variant] * len(values),
          "marker": {"color": f"{color}/0.55", "size": 9}, "text": [f"seed {seed}" for seed in seeds],
          "hovertemplate": "%{x}, %{text}<extra></extra>"},
-        {"type": "scatter", "mode": "markers", "showlegend": False, "name": f"{variant}, mean", "x": digits([float(np.mean(values))]),
+        {"type": "scatter", "mode": "markers", "showlegend": False, "name": f"{variant}, mean",
+         "x": digits([float(np.mean(values))]),
          "y": [variant], "marker": bar, "hovertemplate": "mean %{x}<extra></extra>"},
     ]  # fmt: skip
 
@@ -229,7 +234,8 @@ def _cost(grid: GridRecord) -> Table | None:
         return None
     return Table(
         "Cost to reach the baseline's loss",
-        "Tokens and minutes of training steps until the held-out loss first came to what the baseline of the same seed ended "
+        "Tokens and minutes of training steps until the held-out loss first came to what the baseline of the "
+        "same seed ended "
         "with, linearly between evaluations; means over the seeds that reached it.",
         ["variant", "reached", "tokens", "of the baseline's", "minutes"], rows,
     )  # fmt: skip

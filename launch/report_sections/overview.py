@@ -104,8 +104,8 @@ def _table(runs: Sequence[RunRecord]) -> Table:
     losses = [run.evals.last("eval/loss") for run in runs]
     known = [loss for loss in losses if loss is not None]
     best = frozenset(i for i, loss in enumerate(losses) if known and loss == min(known))
-    columns = ["run", "status", "step", "tokens", "held-out loss", "perplexity", "MaxVio", "mean ESS", "tokens / s", "time",
-               "skipped"]  # fmt: skip
+    columns = ["run", "status", "step", "tokens", "held-out loss", "perplexity", "MaxVio", "mean ESS",
+               "tokens / s", "time", "skipped"]  # fmt: skip
     return Table(f"{len(runs)} runs", "", columns, rows, emphasis=best, folded=len(runs) > 8)
 
 

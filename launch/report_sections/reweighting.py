@@ -63,7 +63,8 @@ def _ess(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) ->
         )])]  # fmt: skip
     return Chart(
         "Effective sample size",
-        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 most of a batch "
+        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 "
+        "most of a batch "
         "is work thrown away.",
         views, {"yaxis": axis("", rangemode="tozero")}, direct=len(runs) > 1,
     )  # fmt: skip
@@ -119,7 +120,7 @@ def _against_loss(runs: Sequence[RunRecord], recorded: Sequence[tuple[int, Seque
             "yaxis": {"range": [0, 1.05 * max(weights)]},
         }
         views.append(View(labels=menu(runs, i), frames=frames, layout=layout))
-    return Chart("Weight against loss", "What the strategy made of each sample's loss; each dot is a sample of the step.", views,
+    return Chart("Weight against loss", "What the strategy made of each loss; a dot is a sample of the step.", views,
                  {"xaxis": axis("loss, nats a token"), "yaxis": axis("weight (B w)")}, wide=True)  # fmt: skip
 
 

@@ -34,11 +34,12 @@ def training(runs: Sequence[RunRecord]) -> Section | None:
         charts.append(_loss(runs))
     if any(run.evals.count for run in runs):
         charts.append(_heldout(runs))
-    if any("grad_norm" in run.steps for run in runs):
+    norms = over_runs(runs, "grad_norm")
+    if norms:
         charts.append(
             Chart(
                 "Gradient norm", "Before clipping, with all ranks' gradients reduced.",
-                [View(norms := over_runs(runs, "grad_norm"), layout={"yaxis": log_axis("norm", norms)})], direct=len(runs) > 1,
+                [View(norms, layout={"yaxis": log_axis("norm", norms)})], direct=len(runs) > 1,
             )
         )  # fmt: skip
     if any("lr" in run.steps for run in runs):
@@ -107,7 +108,7 @@ def _events(run: RunRecord) -> list[Trace]:
 def _heldout(runs: Sequence[RunRecord]) -> Chart:
     if len(runs) > 1:
         traces = over_runs(runs, "eval/loss", evaluations=True)
-        return Chart("Held-out loss", "All domains, weighted by their held-out tokens." + (f" {SEEDS}" if has_seeds(runs) else ""),
+        return Chart("Held-out loss", f"All domains. {SEEDS}" if has_seeds(runs) else "All domains.",
                      [View(traces, layout={"yaxis": axis("loss, nats a token")})], wide=True, direct=True)  # fmt: skip
     run = runs[0]
     names = run.heldout_domains
