@@ -41,9 +41,9 @@ def events_of(run: RunRecord, *, spikes_within: int | None = None) -> list[LogEv
     """
     found, step = [], 0
     for event in run.log:
+        step = event.step if event.step is not None else step
         if event.kind == "skip":
             continue  # metrics have every one
-        step = event.step if event.step is not None else step
         found.append((step, event))
     for event in [*_skips(run), *_spikes(run, spikes_within)]:
         assert event.step is not None
