@@ -1,6 +1,7 @@
-"""Run folders and grids as files, made in no time: for what a report or a dashboard makes of them."""
+"""Run folders and grids as files, made in no time, for what a report or a dashboard makes of them; and their pages."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def evaluation(step: int, loss: float, *, maxvio: float | None = None, experts: 
     return row
 
 
-def write_run(folder: Path, rows: Rows, *, steps: int | None = None, log: str = "", end: str = "\n", **config: Any) -> Path:
+def write_run(
+    folder: Path, rows: Rows, *, steps: int | None = None, log: str = "", end: str = "\n", **config: Any
+) -> Path:
     """A run folder with these rows; `steps`: what the configuration plans; `end`: after the last line."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
@@ -52,17 +55,20 @@ def write_run(folder: Path, rows: Rows, *, steps: int | None = None, log: str = 
     return folder
 
 
-def write_grid(folder: Path, losses: Mapping[str, Sequence[float]], *, steps: int = 20, baseline: str | None = None) -> Path:
+def write_grid(
+    folder: Path, losses: Mapping[str, Sequence[float]], *, steps: int = 20, baseline: str | None = None
+) -> Path:
     """A grid whose variants ended with these held-out losses, by seed; the first variant is the baseline."""
     runs, state = [], {}
     for number, (variant, by_seed) in enumerate(losses.items()):
         for seed, loss in enumerate(by_seed, start=1):
             name = f"{variant}-{seed}"
-            rows = training_rows(steps, seed=seed) + [
-                evaluation(0, 8.0, maxvio=0.5), evaluation(steps, loss, maxvio=0.1 + 0.1 * number)
-            ]  # fmt: skip
+            ends = evaluation(0, 8.0, maxvio=0.5), evaluation(steps, loss, maxvio=0.1 + 0.1 * number)
+            rows = [ends[0], *training_rows(steps, seed=seed), ends[1]]
             write_run(folder / name, rows, steps=steps, hooks={"expert_bias": {"rule": variant}})
-            runs.append({"folder": name, "variant": variant, "seed": seed, "settings": {"hooks.expert_bias.rule": variant}})
+            runs.append(
+                {"folder": name, "variant": variant, "seed": seed, "settings": {"hooks.expert_bias.rule": variant}}
+            )
             state[name] = {"status": "done", "attempts": 1, "exit_code": 0, "reason": "", "seconds": 2.0}
     described = {
         "format": 1, "name": folder.name, "config": "configs/debug.yaml", "baseline": baseline or next(iter(losses)),
@@ -71,3 +77,10 @@ def write_grid(folder: Path, losses: Mapping[str, Sequence[float]], *, steps: in
     (folder / "grid.json").write_text(json.dumps(described))
     (folder / "state.json").write_text(json.dumps(state))
     return folder
+
+
+def links_out(page: str) -> list[str]:
+    """Whatever a page would fetch from elsewhere; scripts are looked at by the browser's test."""
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|(@import|url\()""", outside)
+    return [link or other for link, other in links if not link.startswith("#") and link != "data:,"]
