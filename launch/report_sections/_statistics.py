@@ -113,7 +113,7 @@ def what_can_be_said(pairs: int, comparisons: int) -> str:
         f"{pairs} values cannot show. The bootstrap assumes less and claims more than it can: it has "
         f"{distinct:,} distinct "
         "resamples and lies within the least and largest difference, so it holds the true one at most "
-        f"{covered:.0%} of "
+        f"{100 * covered:.3g} % of "
         f"the time, not 95 %. A test without the assumption (flipping signs) cannot go below p = {least:.2g}."
     )
     if least > 1 - LEVEL:
