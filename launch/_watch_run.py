@@ -22,6 +22,7 @@ _RECENT = 50  # steps that speed is measured on
 _QUIET_S = 60.0  # without a new line a run that trains is said to be quiet
 _FIGURE_WIDTH = 42  # columns beside a sparkline
 _KEPT_EVENTS = 5
+_HEAD_LINES, _BORDERS = 2, 2
 _SPIKES_WITHIN = 5000  # steps: more would be counted again at every look
 
 
@@ -80,19 +81,16 @@ class RunView:
         run = self.run
         if not run.steps.count and not run.evals.count:
             return Panel(Text(f"waiting for the first line of {self.folder}/metrics.jsonl"), title=run.name)
-        parts: list[RenderableType] = [self._head(width)]
-        courses = _courses(run, width)
-        if courses is not None:
-            parts.append(courses)
-        left = max(4, height - 22 - len(run.domain_names))
-        loads = _loads(run, width, left)
-        if loads is not None:
-            parts.append(loads)
-        domains = _domains(run, width)
-        if domains is not None:
-            parts.append(domains)
-        parts.append(_events(run))
-        return Group(*parts)
+        events, shown = _events(run)
+        # What a low terminal has no room for goes: domains first, then layers.
+        room = height - _HEAD_LINES - len(_COURSES) - _BORDERS - shown - _BORDERS
+        num_loads = min(_num_layers(run), max(1, room - _BORDERS))
+        room -= num_loads + _BORDERS
+        parts = [
+            self._head(width), _courses(run, width), _loads(run, width, num_loads),
+            _domains(run) if room >= len(run.domain_names) + 1 + _BORDERS else None, events,
+        ]  # fmt: skip
+        return Group(*(part for part in parts if part is not None))
 
     def _head(self, width: int) -> RenderableType:
         run = self.run
@@ -112,7 +110,8 @@ class RunView:
                 words.append(f"  no new line for {clock(self.quiet_s)}", style="yellow")
         if done is None:
             return words
-        bar = ProgressBar(total=1.0, completed=done, width=min(width, 100), complete_style=style)
+        bar = Table.grid()  # a bar alone ends without a new line
+        bar.add_row(ProgressBar(total=1.0, completed=done, width=min(width, 100), complete_style=style))
         return Group(words, bar)
 
 
@@ -161,6 +160,10 @@ def _courses(run: RunRecord, width: int) -> RenderableType | None:
     return Panel(table, title="courses", title_align="left", border_style="dim") if table.row_count else None
 
 
+def _num_layers(run: RunRecord) -> int:
+    return max((len(row.get("moe/loads") or ()) for row in run.evaluations[-1:]), default=0)
+
+
 def _loads(run: RunRecord, width: int, rows: int) -> RenderableType | None:
     """Held-out loads of the last evaluation: a bar an expert, half of the height for an even share."""
     measured = [row for row in run.evaluations if row.get("moe/loads")]
@@ -192,7 +195,7 @@ def _bars(loads: list[float], width: int) -> Text:
     return text
 
 
-def _domains(run: RunRecord, width: int) -> RenderableType | None:
+def _domains(run: RunRecord) -> RenderableType | None:
     names = run.domain_names
     if not names:
         return None
@@ -214,7 +217,8 @@ def _domains(run: RunRecord, width: int) -> RenderableType | None:
     return Panel(table, title="domains", title_align="left", border_style="dim")
 
 
-def _events(run: RunRecord) -> RenderableType:
+def _events(run: RunRecord) -> tuple[RenderableType, int]:
+    """The newest events, and how many lines they take."""
     found = events_of(run, spikes_within=_SPIKES_WITHIN)[-_KEPT_EVENTS:]
     text = Text("none so far", style="dim") if not found else Text(no_wrap=True, overflow="ellipsis")
     for i, event in enumerate(found):
@@ -222,4 +226,4 @@ def _events(run: RunRecord) -> RenderableType:
         text.append(("\n" if i else "") + (f"step {event.step:,} " if event.step is not None else ""), style="dim")
         text.append(event.kind, style=style)
         text.append(f" {event.text}")
-    return Panel(text, title="events", title_align="left", border_style="dim")
+    return Panel(text, title="events", title_align="left", border_style="dim"), max(1, len(found))

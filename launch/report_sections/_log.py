@@ -8,6 +8,7 @@ from typing import NamedTuple
 _MAX_EVENTS = 500
 _LINE = re.compile(r"(?P<clock>\d\d:\d\d:\d\d) (?P<level>[A-Z]+) \[\d+\] (?P<text>.*)")
 _STEP = re.compile(r"\bstep (\d+)")
+_OWN_STEP = re.compile(r"^step \d+: ")  # it has a column of its own
 _KINDS = (
     ("resume", re.compile(r"resumed from step (\d+)")),
     ("skip", re.compile(r"step (\d+) skipped")),
@@ -54,7 +55,7 @@ def event_of(line: str) -> LogEvent | None:
     if kind is None:
         return None
     step = _STEP.search(text)
-    return LogEvent(int(step[1]) if step else None, kind, text, match["clock"])
+    return LogEvent(int(step[1]) if step else None, kind, _OWN_STEP.sub("", text), match["clock"])
 
 
 def _age(path: Path) -> Sequence[int]:

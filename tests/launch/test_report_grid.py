@@ -26,7 +26,9 @@ def test_a_difference_by_hand() -> None:
     assert found.t_interval == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-6)
     assert found.bootstrap == (1.0, 3.0), "1/27 of the resamples at each end: more than 2.5 %"
     t = 2 * math.sqrt(3)
-    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9), "the t distribution of 2 degrees of freedom"
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9), (
+        "the t distribution of 2 degrees of freedom"
+    )
     assert difference([0.5]).t_interval is None
     same = difference([0.25, 0.25, 0.25])
     assert (same.t_interval, same.bootstrap, same.p) == ((0.25, 0.25), (0.25, 0.25), None)
