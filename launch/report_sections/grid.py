@@ -74,7 +74,7 @@ def comparison(grid: GridRecord) -> list[Section]:
     intro = (
         "Only runs that reached their last step are compared. A run is paired with the baseline's run of the "
         "same seed, "
-        "which had the same initial weights and the same data."
+        "which had the same initial weights and samples unless the variant changes model or data."
     )
     headline = _headline(grid, every, differences.get(MEASURES[0].label, {}))
     return [Section("Overview", "", [headline]), Section("Variants", intro, tables)]

@@ -45,7 +45,7 @@ def training(runs: Sequence[RunRecord]) -> Section | None:
     if any("lr" in run.steps for run in runs):
         traces = over_runs(runs, "lr")
         charts.append(
-            Chart("Learning rate", "Of the step that was taken.", 
+            Chart("Learning rate", "Of the step that was taken.",
                   [View(traces, layout={"yaxis": axis("rate", rangemode="tozero")})],
                   direct=len(runs) > 1)
         )  # fmt: skip

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from launch import evaluate, report, theory
+from launch import evaluate, report, theory, watch
 from launch._cli import run_command
 from launch.report_sections._log import event_of
 from launch.report_sections._parts import MAX_POINTS, digits, evenly, means, thin
 from launch.report_sections._record import EvenRows, RunRecord
 from launch.report_sections.events import events_of
 from moe.score_sample import load_scores
-from tests.harness import rows, run, tiny_config
-from tests.launch.run_folders import evaluation, links_out, training_rows, write_run
+from tests.harness import ROOT, rows, run, tiny_config
+from tests.launch.run_folders import evaluation, links_out, training_rows, write_grid, write_run
 from trainer.data.config import DataConfig
 
 
@@ -278,6 +278,19 @@ def test_numbers_are_written_as_csv(trained: Path, tmp_path: Path, capsys: pytes
     head, *lines = (tmp_path / "csv" / "run-steps.csv").read_text().splitlines()
     column = head.split(",").index("loss")
     assert [float(line.split(",")[column]) for line in lines] == [row["loss"] for row in rows(trained) if "loss" in row]
+
+
+def test_commands_of_the_page_that_explains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.findall(r"python -m launch\.(report|watch) ([^#`\n]*)", (ROOT / "launch" / "REPORT.md").read_text())
+    assert len(found) >= 6
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "a", "b"):
+        write_run(Path("runs") / name, [*training_rows(5), evaluation(5, 3.0)], steps=5)
+    write_grid(Path("runs") / "my-grid", {"a": [4.0, 4.1], "b": [3.0, 3.2]})
+    for command, arguments in found:
+        main = {"report": report.main, "watch": watch.main}[command]
+        assert run_command(main, arguments.split()) == 0, arguments
+    assert {path.name for path in tmp_path.rglob("*.html")} == {"report.html", "compared.html"}
 
 
 def test_scores_are_recorded_alike_by_any_number_of_ranks(
