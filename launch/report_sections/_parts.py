@@ -107,10 +107,18 @@ def thin(x: Floats, y: Floats, at_most: int = MAX_POINTS) -> tuple[Floats, Float
 
 
 def line(
-    columns: Columns, key: str, name: str, *, run: int, color: str, width: float = 1.8, **more: Any
+    columns: Columns,
+    key: str,
+    name: str,
+    *,
+    run: int,
+    color: str,
+    width: float = 1.8,
+    at_most: int = MAX_POINTS,
+    **more: Any,
 ) -> list[Trace]:
     """A metric over the run, as no trace or one; a long run is averaged over stretches of equal length."""
-    x, y, _, _ = thin(*columns.line(key))
+    x, y, _, _ = thin(*columns.line(key), at_most)
     if not len(x):
         return []
     return [

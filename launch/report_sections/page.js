@@ -52,7 +52,8 @@
   // The same scale for all positions of a slider: as far as the view's loads go, between 2x and 8x.
   function ratioLimit(view) {
     let largest = 1;
-    for (const frame of view.frames) for (const trace of frame.traces) if (trace.ratio)
+    const traces = [...view.frames.flatMap((frame) => frame.traces), ...view.traces];
+    for (const trace of traces) if (trace.ratio)
       for (const row of trace.z) for (const v of row) if (v !== null) largest = Math.max(largest, Math.abs(Math.log2(Math.max(v, 0.125))));
     return Math.min(Math.ceil(largest), 3);
   }
@@ -80,10 +81,10 @@
       hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { ...font, color: "--ink" } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", xaxis: axis, yaxis: axis,
     };
-    if (follows(traces)) layout.xaxis = merge(axis, { title: { text: AXES[state.axis] }, range: [0, farthest(traces)] });
+    const course = follows(traces) ? { xaxis: { title: { text: AXES[state.axis] }, range: [0, farthest(traces)] } } : {};
     layout.showlegend = false; // a legend in the plot would take the room of the lines: it stands below, in HTML
-    if (labelled(spec, view)) layout.margin.r = 14 + 6.6 * Math.max(...ends(traces).map((trace) => trace.name.length));
-    return themed(merge(layout, given, Object.fromEntries(["xaxis2", "yaxis2"].filter((k) => given[k]).map((k) => [k, merge(axis, given[k])]))));
+    if (labelled(spec, view)) layout.margin.r = 16 + 7 * Math.max(...ends(traces).map((trace) => trace.name.length));
+    return themed(merge(layout, given, course, Object.fromEntries(["xaxis2", "yaxis2"].filter((k) => given[k]).map((k) => [k, merge(axis, given[k])]))));
   }
   function merge(...objects) {
     const out = {};

@@ -116,6 +116,12 @@ def test_slider_and_menus_change_what_is_drawn(desk: Opened) -> None:
     desk.wait_redrawn(title, lambda: slider.fill("0"))
     assert desk.data(title)["data"][0]["customdata"][0][0] == pytest.approx(2.0)
     assert desk.figure(title).locator("output").inner_text() == "step 0"
+    menu = desk.figure(title).locator("select")
+    desk.wait_redrawn(title, lambda: menu.select_option("layer 0 over time"))
+    course = desk.data(title)["data"][0]
+    assert course["x"] == [0, 20 * 512, 40 * 512, 60 * 512], "evaluations, in tokens"
+    assert course["customdata"][0] == pytest.approx([2.0, 1.75, 1.5, 1.25])
+    assert not slider.is_visible()
     shown = "Domains over time"
     before = desk.data(shown)["data"][0]["y"]
     desk.wait_redrawn(shown, lambda: desk.figure(shown).locator("select").select_option("share of tokens"))
@@ -198,6 +204,7 @@ def test_a_grid_compares_its_variants(browser: Any, grid: Path) -> None:
     labels = [note["text"] for note in opened.data("Training loss")["layout"]["annotations"]]
     assert sorted(labels) == ["none", "quantile", "sign"], "variants are named at the ends of their lines"
     menus = opened.figure("Held-out load of each expert").locator("select")
-    opened.wait_redrawn("Held-out load of each expert", lambda: menus.select_option("sign-2"))
+    opened.wait_redrawn("Held-out load of each expert", lambda: menus.first.select_option("sign-2"))
+    assert menus.nth(1).input_value() == "all layers"
     assert opened.complaints == []
     opened.context.close()
