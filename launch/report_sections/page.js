@@ -84,7 +84,7 @@
     const course = follows(traces) ? { xaxis: { title: { text: AXES[state.axis] }, range: [0, farthest(traces)] } } : {};
     layout.showlegend = false; // a legend in the plot would take the room of the lines: it stands below, in HTML
     if (labelled(spec, view)) layout.margin.r = 16 + 7 * Math.max(...ends(traces).map((trace) => trace.name.length));
-    return themed(merge(layout, given, course, Object.fromEntries(["xaxis2", "yaxis2"].filter((k) => given[k]).map((k) => [k, merge(axis, given[k])]))));
+    return themed(merge(layout, given, course));
   }
   function merge(...objects) {
     const out = {};

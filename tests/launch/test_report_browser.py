@@ -150,7 +150,7 @@ def test_plots_and_their_numbers_are_saved_without_a_network(desk: Opened) -> No
             desk.figure("Held-out load of each expert").get_by_role("button", name=kind).click()
         content = Path(download.value.path()).read_bytes()
         assert content.startswith(start), content[:80]
-        assert download.value.suggested_filename == f"run-held-out-load-of-each-expert.{kind.lower()}"
+        assert download.value.suggested_filename == f"run-held-out-load-of-each-expert-all-layers.{kind.lower()}"
     assert len(content.decode().splitlines()) == 1 + 4 * 4, "a line for each expert and evaluation"
 
 
