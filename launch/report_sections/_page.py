@@ -12,7 +12,7 @@ from launch.report_sections._parts import Chart, Section, Table, Tile, digits
 from launch.report_sections._record import RunRecord
 
 _AXIS_POINTS = 2000
-_NUMBER = re.compile(r"[-+−±~]?[\d.,]+|[–✓]")
+_NUMBER = re.compile(r"[-+<]?[\d.,]+|–")
 _THEME = "document.documentElement.dataset.theme=matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light'"
 _FOOT = (
     "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is "

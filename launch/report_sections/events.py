@@ -64,7 +64,10 @@ def _skips(run: RunRecord) -> Iterator[LogEvent]:
 
 def _spikes(run: RunRecord, within: int | None) -> Iterator[LogEvent]:
     steps, losses = (column[-within:] if within else column for column in run.steps.line("loss"))
+    logged = [event.step for event in run.log if event.kind == "spike" and event.step is not None]
     for first, last in _stretches(steps[spikes(losses)].astype(int)):
+        if any(first - 2 <= step <= last + 2 for step in logged):
+            continue  # the run has said so itself
         peak = losses[(steps >= first) & (steps <= last)].max()
         before = np.median(losses[steps < first][-SPIKE_WINDOW:])
         yield LogEvent(first, "spike", f"loss {peak:.3f}, {peak - before:+.3f} over the steps before", "")

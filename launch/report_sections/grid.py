@@ -101,7 +101,7 @@ def _table(
                     [
                         number(each.mean, signed), _interval(each.t_interval, signed),
                         _interval(each.bootstrap, signed),
-                        number(each.p, ".3f"), number(each.p_holm, ".3f"), _verdict(each, measure),
+                        _p(each.p), _p(each.p_holm), _verdict(each, measure),
                     ]
                     if each
                     else ["–"] * 5 + ["baseline" if variant == grid.baseline else "–"]
@@ -121,6 +121,10 @@ def _table(
 
 def _interval(interval: tuple[float, float] | None, form: str) -> str:
     return "–" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _p(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else number(value)
 
 
 def _verdict(each: Difference, measure: Measure) -> str:

@@ -108,6 +108,16 @@ def desk(browser: Any, one_run: Path) -> Iterator[Opened]:
     opened.context.close()
 
 
+def test_complaints_are_seen(browser: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text('<script>console.error("broken")</script><img src="http://127.0.0.1:9/x.png"><script>no()</script>')
+    opened = Opened(browser, bad)
+    opened.page.wait_for_timeout(200)
+    for complaint in ("broken", "request: http://127.0.0.1:9/x.png", "no is not defined"):
+        assert any(complaint in each for each in opened.complaints), opened.complaints
+    opened.context.close()
+
+
 def test_slider_and_menus_change_what_is_drawn(desk: Opened) -> None:
     title = "Held-out load of each expert"
     slider = desk.figure(title).locator("input[type=range]")
