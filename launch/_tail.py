@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-_REMEMBERED = 64  # bytes before the end of what was read, to see that they are still the same
+_REMEMBERED = 512  # bytes before the end of what was read, to see that they are still the same
 
 
 class LineTail:

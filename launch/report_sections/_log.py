@@ -13,6 +13,7 @@ _KINDS = (
     ("resume", re.compile(r"resumed from step (\d+)")),
     ("skip", re.compile(r"step (\d+) skipped")),
     ("phase", re.compile(r"step (\d+): data phase")),
+    ("rewind", re.compile(r"\(rewind \d+ of")),
     ("spike", re.compile(r"\bspike", re.IGNORECASE)),
     ("config", re.compile(r"config changed since")),
     ("error", re.compile(r"the run ended with an error")),
@@ -25,7 +26,7 @@ class LogEvent(NamedTuple):
     step: int | None
     """None where the log does not name it."""
     kind: str
-    """resume, skip, phase, spike, config, warning or error."""
+    """resume, skip, phase, rewind, spike, config, warning or error."""
     text: str
     clock: str
     """Time of day, HH:MM:SS."""

@@ -12,6 +12,7 @@ from launch.report_sections._record import RunRecord
 SPIKE_WINDOW = 50
 SPIKE_SIGMAS = 6.0
 _MAX_ROWS = 200
+_FLAG = "step/spike"
 
 
 def events(runs: Sequence[RunRecord]) -> Section | None:
@@ -22,9 +23,9 @@ def events(runs: Sequence[RunRecord]) -> Section | None:
         rows += [[*whose, f"{e.step:,}" if e.step is not None else "–", e.kind, e.clock, e.text]
                  for e in events_of(run)]  # fmt: skip
     intro = (
-        "Restarts, skipped steps, spikes, phases of the data and warnings, from log.txt and metrics.jsonl. A "
-        "spike is a loss "
-        f"more than {SPIKE_SIGMAS:g} robust standard deviations above the median of the {SPIKE_WINDOW} steps before it."
+        "Restarts, skipped steps, spikes, phases of the data and warnings, from log.txt and metrics.jsonl. A spike is "
+        "what train.spikes calls one; or, where that was not recorded, a loss more than "
+        f"{SPIKE_SIGMAS:g} robust standard deviations above the median of the {SPIKE_WINDOW} steps before."
     )
     if not rows:
         return Section("Events", intro + " There was none of these.", [])
@@ -42,7 +43,7 @@ def events_of(run: RunRecord, *, spikes_within: int | None = None) -> list[LogEv
     found, step = [], 0
     for event in run.log:
         step = event.step if event.step is not None else step
-        if event.kind == "skip":
+        if event.kind == "skip" or (event.kind == "spike" and _FLAG in run.steps):
             continue  # metrics have every one
         found.append((step, event))
     for event in [*_skips(run), *_spikes(run, spikes_within)]:
@@ -63,14 +64,17 @@ def _skips(run: RunRecord) -> Iterator[LogEvent]:
 
 
 def _spikes(run: RunRecord, within: int | None) -> Iterator[LogEvent]:
-    steps, losses = (column[-within:] if within else column for column in run.steps.line("loss"))
-    logged = [event.step for event in run.log if event.kind == "spike" and event.step is not None]
-    for first, last in _stretches(steps[spikes(losses)].astype(int)):
-        if any(first - 2 <= step <= last + 2 for step in logged):
-            continue  # the run has said so itself
-        peak = losses[(steps >= first) & (steps <= last)].max()
-        before = np.median(losses[steps < first][-SPIKE_WINDOW:])
-        yield LogEvent(first, "spike", f"loss {peak:.3f}, {peak - before:+.3f} over the steps before", "")
+    steps, losses = run.steps.line("loss")
+    if _FLAG in run.steps:  # a run that watches for spikes has flagged them by its own settings
+        found = run.steps["step"][run.steps[_FLAG] == 1]
+    else:
+        recent = slice(-within if within else None, None)
+        found = steps[recent][spikes(losses[recent])]
+    for first, last in _stretches(found.astype(int)):
+        peak = losses[(steps >= first) & (steps <= last)].max(initial=-np.inf)
+        before = losses[steps < first][-SPIKE_WINDOW:]
+        rise = f", {peak - np.median(before):+.3f} over the steps before" if len(before) else ""
+        yield LogEvent(first, "spike", f"loss {peak:.3f}{rise}", "")
 
 
 def spikes(losses: np.ndarray) -> np.ndarray:

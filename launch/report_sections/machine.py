@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launch.report_sections._parts import Chart, Section, View, axis, color_of, digits, line, menu
+from launch.report_sections._parts import Chart, Section, Trace, View, axis, color_of, digits, means, menu
 from launch.report_sections._record import RunRecord
 from launch.report_sections._runs import over_runs
 
 _WHOLE = "time/step_s"
 _STRETCHES = 150
+_NEGLIGIBLE = 0.002
 
 
 def machine(runs: Sequence[RunRecord]) -> Section | None:
@@ -55,32 +56,39 @@ def _speed(runs: Sequence[RunRecord]) -> Chart:
 
 
 def _time(runs: Sequence[RunRecord]) -> Chart:
-    """Parts of a step's time, stacked: whatever `time/..._s` the run has recorded; the rest of the step on top."""
+    """Parts of a step's time, stacked: whatever `time/..._s` the run has recorded, the rest of the step on top."""
     views = []
     for i, run in enumerate(runs):
-        if _WHOLE not in run.steps:
-            continue
-        parts = [key for key in run.steps.names() if key.startswith("time/") and key.endswith("_s") and key != _WHOLE]
-        columns = {key.removeprefix("time/").removesuffix("_s"): np.nan_to_num(run.steps[key]) for key in parts}
-        whole = np.nan_to_num(run.steps[_WHOLE])
-        # Parts that overlap (a breakdown within another) would stack above the step: then they are drawn as lines.
-        overlap = sum(columns.values(), np.zeros_like(whole)).sum() > 1.02 * whole.sum()
-        if not overlap:
-            columns["rest of the step"] = np.maximum(whole - sum(columns.values(), np.zeros_like(whole)), 0)
-        cuts = np.linspace(0, run.steps.count, min(_STRETCHES, run.steps.count) + 1).round().astype(int)[:-1]
-        counts = np.diff(np.append(cuts, run.steps.count))
-        x = digits(run.steps["step"][np.append(cuts[1:], run.steps.count) - 1], 8)
-        traces = [
-            {
-                "type": "scatter", "mode": "lines", "name": name, "run": i, "x": x,
-                "y": digits(np.add.reduceat(values, cuts) / counts),
-                "line": {"color": color_of(d), "width": 1.2 if overlap else 0.5},
-                **({} if overlap else {"stackgroup": "all", "fillcolor": f"{color_of(d)}/0.55"}),
-            }
-            for d, (name, values) in enumerate(columns.items())
-        ]  # fmt: skip
-        if overlap:
-            traces += line(run.steps, _WHOLE, "whole step", run=i, color="--ink")
-        views.append(View(traces, menu(runs, i)))
+        names = [key for key in run.steps.names() if key.startswith("time/") and key.endswith("_s") and key != _WHOLE]
+        phases = [name for name in names if name.count("/") == 1]
+        # A phase may be divided: time/forward_s into time/forward/experts_s and others.
+        parts = [name for name in names if name.count("/") == 2]
+        divided = {part.rpartition("/")[0] + "_s" for part in parts}
+        if _WHOLE in run.steps:
+            views.append(View(_stack(run, i, phases), menu(runs, i, *(["phases"] if parts else []))))
+        if parts:
+            whole = [phase for phase in phases if phase not in divided]
+            views.append(View(_stack(run, i, [*whole, *parts]), menu(runs, i, "their parts")))
     return Chart("Time of a step", "Means over stretches of the run, by what the time went into.", views,
                  {"yaxis": axis("seconds", rangemode="tozero")})  # fmt: skip
+
+
+def _stack(run: RunRecord, number: int, keys: Sequence[str]) -> list[Trace]:
+    x, whole = means(run.steps, _WHOLE, _STRETCHES)
+    columns = {}
+    for key in keys:
+        steps, values = means(run.steps, key, _STRETCHES)
+        if len(steps):  # a stretch that was not divided, of a run whose configuration changed, counts as none
+            columns[key.removeprefix("time/").removesuffix("_s")] = np.where(
+                np.isin(x, steps), np.interp(x, steps, values), 0.0
+            )
+    rest = np.maximum(whole - sum(columns.values(), np.zeros_like(whole)), 0.0)
+    if rest.sum() > _NEGLIGIBLE * whole.sum():
+        columns["rest of the step"] = rest
+    return [
+        {
+            "type": "scatter", "mode": "lines", "name": name, "run": number, "x": digits(x, 8), "y": digits(values),
+            "line": {"color": color_of(d), "width": 0.5}, "stackgroup": "all", "fillcolor": f"{color_of(d)}/0.55",
+        }
+        for d, (name, values) in enumerate(columns.items())
+    ]  # fmt: skip

@@ -24,7 +24,7 @@ from launch.report_sections._runs import SEEDS, curve, has_seeds, over_runs
 from launch.report_sections.events import events_of
 
 _SMOOTH_POINTS = 120
-_MARKED = ("resume", "skipped", "spike")
+_MARKED = ("resume", "skipped", "spike", "rewind")
 
 
 def training(runs: Sequence[RunRecord]) -> Section | None:

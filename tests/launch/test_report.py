@@ -222,6 +222,37 @@ def test_a_crash_and_what_followed_are_events(tmp_path: Path, capsys: pytest.Cap
     assert marks["x"] == [50, 80, 150]
 
 
+def test_a_run_that_flags_its_spikes_is_believed(tmp_path: Path) -> None:
+    table = training_rows(200)
+    for row in table:
+        row["step/spike"] = int(row["step"] in (120, 121))
+    table[149]["loss"] += 5.0
+    log = (
+        "10:00:00 WARNING [0] step 120: loss 3.0000 is a spike\n"
+        "10:00:01 WARNING [0] step 121: 2 spikes in a row; weights went back to step 80 (rewind 1 of 3)\n"
+    )
+    found = events_of(RunRecord.read(write_run(tmp_path / "run", table, log=log)))
+    assert [(event.kind, event.step) for event in found] == [("spike", 120), ("rewind", 121)]
+
+
+def test_the_time_of_a_step_is_divided_as_far_as_it_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = training_rows(40)
+    for row in table:
+        row |= {"time/forward_s": 0.05, "time/backward_s": 0.03}
+        if row["step"] > 20:
+            row |= {"time/forward/experts_s": 0.02, "time/forward/engine_s": 0.03}
+    figure = charts(draw(capsys, write_run(tmp_path / "run", table)))["Time of a step"]
+    assert [view["labels"] for view in figure["views"]] == [["phases"], ["their parts"]]
+    phases, parts = traces(figure), traces(figure, 1)
+    assert list(phases) == ["data", "forward", "backward", "rest of the step"]
+    assert phases["rest of the step"]["y"] == pytest.approx([0.01] * 40)
+    assert list(parts) == ["data", "backward", "forward/experts", "forward/engine", "rest of the step"]
+    assert parts["forward/experts"]["y"] == [0.0] * 20 + [0.02] * 20
+    assert parts["rest of the step"]["y"][-1] == pytest.approx(0.01)
+
+
 def test_lines_of_the_log() -> None:
     assert event_of("10:00:00 INFO [0] step 3/9 loss 1.0") is None
     assert event_of("Traceback (most recent call last):") is None
