@@ -21,8 +21,8 @@ _MAX_LINES = 12_000
 
 def expert_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Load maps, biases and specialisation; none for runs that did not evaluate their balance."""
-    loaded = [(i, [row for row in run.evaluations if row.get("moe/loads")]) for i, run in enumerate(runs)]
-    loaded = _affordable(runs, [(i, rows) for i, rows in loaded if rows])
+    measured = [(i, [row for row in run.evaluations if row.get("moe/loads")]) for i, run in enumerate(runs)]
+    loaded = _affordable(runs, [(i, rows) for i, rows in measured if rows])
     return [_load_map(runs, loaded), _biases(runs, loaded), _specialisation(runs, loaded)] if loaded else []
 
 

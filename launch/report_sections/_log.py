@@ -1,7 +1,6 @@
 """What log.txt says happened: starts, resumes, warnings, errors, phases of the data."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ def event_of(line: str) -> LogEvent | None:
     return LogEvent(int(step[1]) if step else None, kind, _OWN_STEP.sub("", text), match["clock"])
 
 
-def _age(path: Path) -> Sequence[int]:
+def _age(path: Path) -> int:
     """log.txt is the newest, log.txt.1 older."""
     suffix = path.name.removeprefix("log.txt").lstrip(".")
-    return (int(suffix) if suffix.isdigit() else 0,)
+    return int(suffix) if suffix.isdigit() else 0

@@ -63,7 +63,8 @@ def html_page(
 
 
 def _section(anchor: str, section: Section, figures: list[Chart]) -> str:
-    parts, cards = [], []
+    parts: list[str] = []
+    cards: list[str] = []
 
     def close() -> None:
         if cards:

@@ -32,9 +32,9 @@ def write_csv(folder: Path, runs: Sequence[RunRecord], grid: GridRecord | None) 
             by_folder = {run.folder: run for run in runs}
             rows = []
             for planned in grid.plan:
-                run = by_folder.get(planned.folder)
-                figures = [measure.of(run) for measure in MEASURES] if run else [None] * len(MEASURES)
-                step = run.last_step if run else 0
+                begun = by_folder.get(planned.folder)
+                figures = [measure.of(begun) if begun else None for measure in MEASURES]
+                step = begun.last_step if begun else 0
                 rows.append([planned.folder.name, planned.variant, planned.seed, planned.status, step, *figures])
             written.append(_write(folder / "grid.csv", head, rows))
     except OSError as error:
