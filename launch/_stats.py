@@ -1,6 +1,5 @@
 """`launch.data stats`: what a corpus holds and what a run makes of it, as a table and as one HTML page."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from launch._stream import Stream
+from launch.report_sections._parts import MAX_POINTS, Chart, Section, Table, View, axis, color_of, digits
 from trainer.data.order import Integers
 from trainer.data.prepare import read_manifest
-from trainer.errors import StorageError
 
 _BINS = 40
 _HELD = ("docs", "median", "90 %", "longest", "tokens", "held out", "B/token")
@@ -55,17 +54,10 @@ def stats(stream: Stream, console: Console, out: Path | None) -> None:
     lead = _lead(stream, manifest, found)
     console.print(lead, highlight=False)
     if out is not None:
-        from launch.report import html_page
+        from launch.report import html_page, write_page  # slow, and the table needs none of it
 
         page = html_page(f"Data of {stream.name}", lead, _sections(stream, found, samples))
-        staging = out.with_name(f".{out.name}.tmp")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_text(page)
-            os.replace(staging, out)
-        except OSError as error:
-            raise StorageError(f"{out}: {error.strerror}; free space or choose another --out") from error
-        console.print(str(out), highlight=False)
+        console.print(str(write_page(out, page)), highlight=False)
 
 
 def _domain(stream: Stream, manifest: Any, domain: int, samples: int, visits: int) -> DomainStats:
@@ -89,8 +81,8 @@ def _domain(stream: Stream, manifest: Any, domain: int, samples: int, visits: in
     )
 
 
-def _table(title: str, columns: Sequence[str], names: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
+def _table(title: str, columns: Sequence[str], names: Sequence[str], cells: Sequence[Sequence[str]]) -> TerminalTable:
+    table = TerminalTable(title=title)
     table.add_column("domain")
     for column in columns:
         table.add_column(column, justify="right")
@@ -122,77 +114,73 @@ def _lead(stream: Stream, manifest: Any, found: Sequence[DomainStats]) -> str:
     )
 
 
-def _sections(stream: Stream, found: Sequence[DomainStats], samples: int) -> list[Any]:
-    import plotly.graph_objects as go  # slow, and the table needs none of it
-
-    from launch.report_sections._parts import Chart, Section
-
-    names = [each.name for each in found]
-
-    def bars(title: str, note: str, unit: str, **series: Sequence[float]) -> Chart:
-        figure = go.Figure([go.Bar(name=name, x=names, y=list(values)) for name, values in series.items()])
-        return Chart(title, note, figure.update_layout(yaxis_title=unit, barmode="group", showlegend=len(series) > 1))
-
-    table = go.Figure(
-        go.Table(
-            header={"values": ["domain", *_HELD, *_MADE]},
-            cells={"values": [names, *zip(*(_held(each) + _made(each) for each in found), strict=True)]},
-        )
-    )
-    tokens = bars(
-        "Tokens", "By domain and split.", "tokens",
+def _sections(stream: Stream, found: Sequence[DomainStats], samples: int) -> list[Section]:
+    table = Table(
+        "Domains", "Training text, and what the run makes of it.", ["domain", *_HELD, *_MADE],
+        [[each.name, *_held(each), *_made(each)] for each in found],
+    )  # fmt: skip
+    tokens = _bars(
+        "Tokens", "By domain and split.", "tokens", found,
         train=[int(each.lengths_N.sum()) for each in found], heldout=[each.heldout_tokens for each in found],
     )  # fmt: skip
-    edges = _edges([each.lengths_N for each in found])
-    lengths = go.Figure(
-        [
-            go.Scatter(
-                name=each.name, x=np.sqrt(edges[1:] * edges[:-1]).round(1).tolist(), mode="lines", line_shape="hvh",
-                y=(np.histogram(each.lengths_N, edges)[0] / max(len(each.lengths_N), 1)).tolist(),
-            )
-            for each in found
-        ]
-    )  # fmt: skip
-    lengths.add_vline(x=stream.config.train.sequence_length, line_dash="dot", annotation_text="one row")
-    lengths.update_layout(xaxis={"type": "log", "title": "tokens"}, yaxis_title="share of the documents")
-    held = [
-        Chart("Domains", "Training text, and what the run makes of it.", table),
-        tokens,
-        Chart("Lengths of documents", "Share of a domain's training documents in each range of lengths.", lengths),
-        bars("Compression", "Bytes of text a token stands for.", "bytes", bytes=[e.bytes_per_token for e in found]),
-    ]
-    made = [
-        _mixture(stream, samples),
-        bars("Epochs", "Passes over a domain's rows in the whole run.", "epochs", epochs=[e.epochs for e in found]),
-        bars("Padding", "Share of the places of rows without a token.", "share", padding=[e.padding for e in found]),
-    ]
+    compression = _bars(
+        "Compression", "Bytes of text a token stands for.", "bytes", found, bytes=[e.bytes_per_token for e in found]
+    )
+    epochs = _bars(
+        "Epochs", "Passes over a domain's rows in the whole run.", "epochs", found, epochs=[e.epochs for e in found]
+    )
+    padding = _bars(
+        "Padding", "Share of the places of rows without a token.", "share", found, padding=[e.padding for e in found]
+    )
     return [
-        Section("What the corpus holds", "Counted from its shards and manifest.", held),
-        Section("What the run makes of it", "Counted from the plan of its samples.", made),
-    ]
+        Section("What the corpus holds", "Counted from its shards and manifest.",
+                [table, tokens, compression, _lengths(stream, found)]),
+        Section("What the run makes of it", "Counted from the plan of its samples.",
+                [_mixture(stream, samples), epochs, padding]),
+    ]  # fmt: skip
 
 
-def _mixture(stream: Stream, samples: int) -> Any:
-    import plotly.graph_objects as go
+def _bars(title: str, note: str, unit: str, found: Sequence[DomainStats], **series: Sequence[float]) -> Chart:
+    traces = [
+        {"type": "bar", "name": name, "x": [each.name for each in found], "y": digits(values),
+         "marker": {"color": color_of(i)}}
+        for i, (name, values) in enumerate(series.items())
+    ]  # fmt: skip
+    return Chart(title, note, [View(traces)], {"yaxis": axis(unit), "xaxis": axis(""), "barmode": "group"})
 
-    from launch.report_sections._parts import MAX_POINTS, Chart
 
+def _lengths(stream: Stream, found: Sequence[DomainStats]) -> Chart:
+    edges = _edges([each.lengths_N for each in found])
+    middles = np.sqrt(edges[1:] * edges[:-1]).round(1).tolist()
+    traces = [
+        {"type": "scatter", "mode": "lines", "name": each.name, "x": middles,
+         "y": digits((np.histogram(each.lengths_N, edges)[0] / max(len(each.lengths_N), 1)).tolist()),
+         "line": {"color": color_of(i), "shape": "hvh", "width": 1.6}}
+        for i, each in enumerate(found)
+    ]  # fmt: skip
+    row = stream.config.train.sequence_length
+    mark = {"type": "line", "x0": row, "x1": row, "yref": "paper", "y0": 0, "y1": 1,
+            "line": {"color": "--muted", "dash": "dot", "width": 1}}  # fmt: skip
+    layout = {"xaxis": axis("tokens", type="log"), "yaxis": axis("share of the documents"), "shapes": [mark]}
+    note = f"Share of a domain's training documents in each range of lengths; dotted: one row of {row:,} tokens."
+    return Chart("Lengths of documents", note, [View(traces)], layout, wide=True)
+
+
+def _mixture(stream: Stream, samples: int) -> Chart:
     phases = stream.corpus.plan.phases(samples)
     phases = phases[:: -(-len(phases) // MAX_POINTS) or 1]
     size = stream.config.train.global_batch_size
     x = [*(phase.start / size for phase in phases), samples / size]
-    figure = go.Figure(
-        [
-            go.Scatter(
-                name=name, x=x, y=[*(phase.shares_D[d] for phase in phases), phases[-1].shares_D[d]],
-                stackgroup="all", line={"shape": "hv", "width": 0},
-            )
-            for d, name in enumerate(stream.corpus.domain_names)
-        ]
-    )  # fmt: skip
-    figure.update_layout(xaxis_title="step", yaxis_title="share of samples")
+    traces = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": x, "stackgroup": "all",
+         "fillcolor": f"{color_of(d)}/0.55",
+         "y": digits([*(float(phase.shares_D[d]) for phase in phases), float(phases[-1].shares_D[d])]),
+         "line": {"shape": "hv", "width": 0.5, "color": color_of(d)}}
+        for d, name in enumerate(stream.corpus.domain_names)
+    ]  # fmt: skip
     causes = "; ".join(f"step {phase.start / size:g}: {phase.cause}" for phase in phases[:8])
-    return Chart("Mixture", f"Phases begin at {causes}.", figure)
+    layout = {"xaxis": axis("optimizer step"), "yaxis": axis("share of samples", range=[0, 1])}
+    return Chart("Mixture", f"Phases begin at {causes}.", [View(traces)], layout, wide=True)
 
 
 def _edges(lengths: Sequence[Integers]) -> NDArray[np.float64]:

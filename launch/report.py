@@ -1,42 +1,55 @@
-"""Draw runs: `python -m launch.report runs/quickstart [runs/other ...]` writes report.html into each run folder.
+"""Draw runs: `python -m launch.report RUN [RUN ...]`, or `python -m launch.report GRID`.
 
-One file with everything in it: it needs no network and may be moved or mailed. `launch.train` writes it too, when a run
-ends. What it shows comes from metrics.jsonl alone; each section lives in a file of its own in launch/report_sections.
+Writes ONE self-contained HTML file: it needs no network and may be moved or mailed. One run gives report.html in its
+folder (launch.train writes it too, when a run ends); several give one page that compares them; the folder of a grid
+(launch.ablate) gives a comparison of its variants with paired differences and intervals. What the page shows, figure by
+figure, is in launch/REPORT.md.
 """
 
 import argparse
-import html
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch._cli import run_command
-from launch.report_sections._parts import Chart, RunRecord, Section, SectionOf
-from launch.report_sections.balance import balance
-from launch.report_sections.reweighting import reweighting
-from trainer.errors import StorageError
-
-SECTIONS: Sequence[SectionOf] = (balance, reweighting)
-"""In the order of the page. A section that has nothing to show is left out."""
+from launch.report_sections import SECTIONS
+from launch.report_sections._grid import GridRecord, is_grid
+from launch.report_sections._page import html_page
+from launch.report_sections._record import RunRecord
+from launch.report_sections.grid import comparison
+from launch.report_sections.overview import lead
+from launch.report_sections.tables import write_csv
+from trainer.errors import ConfigError, StorageError
 
 FILE = "report.html"
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h2 { border-bottom: 1px solid #ccc; margin-top: 3rem; } h3 { margin: 2rem 0 0; } p { max-width: 48rem; }
-nav a { margin-right: 1rem; }
-"""
-
 
 def main(argv: list[str]) -> int:
-    """Write the reports; returns the exit code."""
+    """Write the report; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    for run_dir in parser.parse_intermixed_args(argv).runs:
-        sys.stdout.write(f"{write_report(run_dir)}\n")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN|GRID", help="run folders, or the folder of one grid")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write; default: report.html in the folder that is drawn, "
+        "or, for several runs, in the folder that holds the first",
+    )  # fmt: skip
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="also write the numbers, not thinned, as CSV files")
+    arguments = parser.parse_intermixed_args(argv)
+    folders: list[Path] = arguments.runs
+    grids = [folder for folder in folders if is_grid(folder)]
+    if grids and len(folders) > 1:
+        raise ConfigError(f"{grids[0]}: is a grid, and is drawn alone; name only this folder, or only run folders")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("a run is named twice; name each once")
+    grid = GridRecord.read(grids[0]) if grids else None
+    runs = grid.runs if grid else [RunRecord.read(folder) for folder in folders]
+    default = folders[0] / FILE if len(folders) == 1 else folders[0].resolve().parent / FILE
+    written = [write_page(arguments.out or default, page_of_grid(grid) if grid else page(_distinct(runs)))]
+    if arguments.csv:
+        written += write_csv(arguments.csv, runs, grid)
+    sys.stdout.writelines(f"{path}\n" for path in written)
     return 0
 
 
@@ -45,53 +58,43 @@ def write_report(run_dir: Path) -> Path:
 
     Raises ConfigError if the folder has no metrics, StorageError if the disk refuses.
     """
-    run = RunRecord.read(run_dir)
-    sections = [section for draw in SECTIONS if (section := draw(run)) is not None]
-    path, staging = run_dir / FILE, run_dir / f".{FILE}.tmp"
+    return write_page(run_dir / FILE, page([RunRecord.read(run_dir)]))
+
+
+def page(runs: Sequence[RunRecord]) -> str:
+    """The whole page of one or several runs."""
+    name = (
+        runs[0].name if len(runs) == 1 else " · ".join(run.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
+    )
+    sections = [section for draw in SECTIONS if (section := draw(runs)) is not None]
+    return html_page(name, lead(runs), sections, runs=runs)
+
+
+def page_of_grid(grid: GridRecord) -> str:
+    """The whole page of a grid."""
+    sections = [*comparison(grid), *(section for draw in SECTIONS if (section := draw(grid.runs)) is not None)]
+    return html_page(grid.name, grid.lead, sections, runs=grid.runs)
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page, whole or not at all. Raises StorageError if the disk refuses."""
+    staging = path.with_name(f".{path.name}.tmp")
     try:
-        staging.write_text(page(run, sections))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text)
         os.replace(staging, path)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; free space or make it writable") from error
+        raise StorageError(f"{path}: {error.strerror}; free space or choose another --out") from error
     return path
 
 
-def page(run: RunRecord, sections: Sequence[Section]) -> str:
-    """The whole page, plotly's script included."""
-    return html_page(
-        run.name,
-        f"As of step {run.rows[-1]['step']}.",
-        sections,
-        otherwise="This run has recorded nothing that a section shows.",
-    )
-
-
-def html_page(name: str, lead: str, sections: Sequence[Section], *, otherwise: str = "") -> str:
-    """A page of sections under a name and a line of text; `otherwise` stands where there is none."""
-    from plotly.offline import get_plotlyjs
-
-    title = html.escape(name)
-    links = "".join(f'<a href="#s{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections))
-    body = "".join(_section(i, section) for i, section in enumerate(sections))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<script>{get_plotlyjs()}</script></head>\n<body><h1>{title}</h1><p>{html.escape(lead)}</p>"
-        f"<nav>{links}</nav>{body or f'<p>{html.escape(otherwise)}</p>'}</body></html>\n"
-    )
-
-
-def _section(number: int, section: Section) -> str:
-    charts = "".join(_chart(f"c{number}-{i}", chart) for i, chart in enumerate(section.charts))
-    title, intro = html.escape(section.title), html.escape(section.intro)
-    return f'\n<section id="s{number}"><h2>{title}</h2><p>{intro}</p>{charts}</section>'
-
-
-def _chart(name: str, chart: Chart) -> str:
-    chart.figure.update_layout(template="plotly_white", height=480, margin={"t": 60, "b": 40, "l": 60, "r": 20})
-    drawn = chart.figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}, auto_play=False
-    )
-    return f"\n<h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.note)}</p>{drawn}"
+def _distinct(runs: Sequence[RunRecord]) -> Sequence[RunRecord]:
+    """Runs whose folders have the same name are told apart by the folder above."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1 and run.folder is not None:
+            run.name = f"{run.folder.resolve().parent.name}/{run.name}"
+    return runs
 
 
 if __name__ == "__main__":

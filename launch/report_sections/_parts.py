@@ -1,26 +1,90 @@
-"""What sections are made of: the record of a run, charts, and the small things that all of them need."""
+"""What sections are made of: charts, tables, tiles, and the small things that all of them need.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+A figure is what plotly.js takes, as plain dicts and lists, with three agreements that page.js keeps:
+- a colour may be the name of a CSS variable, such as "--s1", or "--s1/0.2" with an opacity: it follows the theme;
+- a trace with `run` has steps as x: the page shows them as steps, tokens or hours of that run;
+- a heat map with `ratio` holds multiples of an even share: it is drawn on a log2 scale around 1.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
+import numpy as np
 
-from trainer.errors import ConfigError
-from trainer.metrics import Row, read_jsonl, rows_with
+from launch.report_sections._record import Columns, Floats, RunRecord
 
 MAX_POINTS = 1000
 """Points of a line: more cannot be told apart on a screen, and would make the file heavy."""
 
+MAX_CELLS = 250_000
+"""Numbers in all frames of one chart."""
 
-class Chart(NamedTuple):
+SERIES = tuple(f"--s{i}" for i in range(1, 9))
+"""Colours of series, told apart by people who see colours differently, in the order of use."""
+INK, MUTED = "--ink", "--muted"
+
+Trace = dict[str, Any]
+
+
+class Frame(NamedTuple):
+    """One position of a chart's slider."""
+
+    label: str
+    traces: Sequence[Trace]
+
+
+@dataclass
+class View:
+    """What a chart shows at one setting of its menus."""
+
+    traces: Sequence[Trace] = ()
+    labels: Sequence[str] = ()
+    """The setting of each menu; empty if the chart has one view."""
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    frames: Sequence[Frame] = ()
+    """With frames there is a slider, and no `traces`."""
+
+
+@dataclass
+class Chart:
     """One figure with its title, and a note on how to read it."""
 
     title: str
     note: str
-    figure: go.Figure
+    views: Sequence[View]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """Common to all views."""
+    wide: bool = False
+    """Over the whole width of the page."""
+    direct: bool = False
+    """Name lines at their ends instead of in a legend, where there is room."""
+    height: int = 340
+    slider: str = "step"
+    """What the slider moves through."""
+
+
+class Table(NamedTuple):
+    """Rows of text; columns that begin with a number are set flush right."""
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    emphasis: frozenset[int] = frozenset()
+    """Numbers of rows in bold."""
+    folded: bool = False
+    """Shown when it is asked for."""
+
+
+class Tile(NamedTuple):
+    """One figure of the headline."""
+
+    label: str
+    value: str
+    note: str = ""
+    spark: Sequence[float] = ()
 
 
 class Section(NamedTuple):
@@ -28,70 +92,119 @@ class Section(NamedTuple):
 
     title: str
     intro: str
-    charts: Sequence[Chart]
+    items: Sequence[Chart | Table | Sequence[Tile]]
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run folder says about a run."""
-
-    name: str
-    rows: Sequence[Row]
-
-    @classmethod
-    def read(cls, run_dir: Path) -> "RunRecord":
-        """Raises ConfigError if the folder has no readable metrics."""
-        rows = read_jsonl(run_dir / "metrics.jsonl")
-        if not rows:
-            raise ConfigError(f"{run_dir}: metrics.jsonl is empty; nothing to report yet")
-        return cls(run_dir.resolve().name, rows)
-
-    @cached_property
-    def steps(self) -> list[Row]:
-        """Rows of training steps."""
-        return rows_with(self.rows, "loss")
-
-    @cached_property
-    def evaluations(self) -> list[Row]:
-        """Rows of evaluations."""
-        return rows_with(self.rows, "eval/loss")
-
-    @cached_property
-    def domain_names(self) -> list[str]:
-        """Names of the domains in their order, which training rows keep; empty before the first step."""
-        keys = self.steps[0] if self.steps else {}
-        return [key.removeprefix("domain/").removesuffix("/tokens") for key in keys if _is_domain_tokens(key)]
+def thin(x: Floats, y: Floats, at_most: int = MAX_POINTS) -> tuple[Floats, Floats, Floats, Floats]:
+    """x of the last point, and mean, least and largest y, of stretches of equal length: at most so many."""
+    stretch = -(-len(x) // at_most) or 1
+    if stretch == 1:
+        return x, y, y, y
+    starts = np.arange(0, len(x), stretch)
+    ends = np.minimum(starts + stretch, len(x))
+    means = np.add.reduceat(y, starts) / (ends - starts)
+    return x[ends - 1], means, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
 
 
-SectionOf = Callable[[RunRecord], Section | None]
+def line(
+    columns: Columns,
+    key: str,
+    name: str,
+    *,
+    run: int,
+    color: str,
+    width: float = 1.8,
+    at_most: int = MAX_POINTS,
+    **more: Any,
+) -> list[Trace]:
+    """A metric over the run, as no trace or one; a long run is averaged over stretches of equal length."""
+    x, y, _, _ = thin(*columns.line(key), at_most)
+    if not len(x):
+        return []
+    return [
+        {
+            "type": "scatter", "mode": "lines" if len(x) > 1 else "markers", "name": name, "run": run,
+            "x": x.astype(int).tolist(), "y": digits(y), "line": {"color": color, "width": width},
+            "marker": {"color": color, "size": 6}, **more,
+        }
+    ]  # fmt: skip
 
 
-def line(rows: Sequence[Row], key: str) -> tuple[list[int], list[Any]]:
-    """Steps and values of a metric, as (x, y); a long run is averaged over stretches of equal length."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    stretch = -(-len(points) // MAX_POINTS) or 1
-    pieces = [points[start : start + stretch] for start in range(0, len(points), stretch)]
-    return [piece[-1][0] for piece in pieces], [sum(y for _, y in piece) / len(piece) for piece in pieces]
+def marked(columns: Columns, key: str, name: str, *, run: int, color: str, **more: Any) -> list[Trace]:
+    """A metric that is measured now and then: a line with its points."""
+    traces = line(columns, key, name, run=run, color=color, **more)
+    for trace in traces:
+        trace["mode"] = "lines+markers" if len(trace["x"]) <= 100 else trace["mode"]
+        trace["marker"]["size"] = 5
+    return traces
 
 
-def evenly(rows: Sequence[Row], at_most: int) -> list[Row]:
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis of a layout."""
+    return {"title": {"text": title}, **more}
+
+
+def log_axis(title: str, traces: Sequence[Trace]) -> dict[str, Any]:
+    """A logarithmic vertical axis with ticks at 1, 2, 5, or at decades where there are several; linear if there is no
+    decade to speak of."""
+    values = [y for trace in traces for y in trace.get("y", ()) if y and y > 0]
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    if high < 3 * low:
+        return axis(title)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**e for e in decades for m in ((1, 2, 5) if high < 200 * low else (1,))]
+    return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:,.10g}" for tick in ticks])
+
+
+def means(columns: Columns, key: str, pieces: int) -> tuple[Floats, Floats]:
+    """Last step and mean of a metric, over so many stretches of the run; stretches without a value are left out."""
+    values, steps = columns[key], columns["step"]
+    pieces = max(1, min(pieces, len(values)))
+    cuts = np.linspace(0, len(values), pieces + 1).round().astype(int)[:-1]
+    there = np.isfinite(values)
+    counts = np.add.reduceat(there.astype(float), cuts)
+    sums = np.add.reduceat(np.where(there, values, 0.0), cuts)
+    ends = np.append(cuts[1:], len(values)) - 1
+    return steps[ends][counts > 0], sums[counts > 0] / counts[counts > 0]
+
+
+def evenly(rows: Sequence[Any], at_most: int) -> list[Any]:
     """At most so many of the rows, first and last among them."""
     if len(rows) <= at_most:
         return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (at_most - 1))] for i in range(at_most)]
+    return [rows[round(i * (len(rows) - 1) / (max(at_most, 2) - 1))] for i in range(max(at_most, 2))]
 
 
-def choose(figure: go.Figure, groups: Mapping[str, Sequence[int]]) -> None:
-    """A menu that shows one group of traces at a time, beginning with the first; `groups`: trace numbers by label."""
-    first = next(iter(groups.values()), ())
-    for number, trace in enumerate(figure.data):
-        trace.visible = number in first
-    buttons = [
-        {"label": label, "method": "update", "args": [{"visible": [n in shown for n in range(len(figure.data))]}]}
-        for label, shown in ((label, frozenset(numbers)) for label, numbers in groups.items())
-    ]
-    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15, "yanchor": "bottom"}])
+def frames_that_fit(rows: Sequence[Any], cells: int, charts: int) -> list[Any]:
+    """An even selection of rows of `cells` numbers, so that `charts` such selections stay below MAX_CELLS."""
+    return evenly(rows, max(2, MAX_CELLS // max(1, cells * charts)))
 
 
-def _is_domain_tokens(key: str) -> bool:
-    return key.startswith("domain/") and key.endswith("/tokens")
+def digits(values: Iterable[float | None], count: int = 5) -> list[float | None]:
+    """Rounded to so many significant digits, which no screen shows more of; None for what is not finite."""
+    return [None if v is None or not math.isfinite(v) else float(f"{v:.{count}g}") for v in values]
+
+
+def color_of(number: int) -> str:
+    """The colour of the n-th series."""
+    return SERIES[number % len(SERIES)]
+
+
+def menu(runs: Sequence[RunRecord], number: int, *more: str) -> tuple[str, ...]:
+    """Settings of the menus of a view of one run: the run is named where there are several."""
+    return ((runs[number].name,) if len(runs) > 1 else ()) + more
+
+
+def si(value: float | None, digits_: int = 3) -> str:
+    """A large number for people: 1.23 M; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.{digits_}g}{unit}"
+    return f"{value:.{digits_}g}"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number in a table; a dash for None."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)

@@ -1,151 +1,162 @@
 """The section on sample weights: how sharp they were, which losses and which documents they favoured."""
 
 from collections.abc import Sequence
+from itertools import chain
 
-import plotly.graph_objects as go
+import numpy as np
 
-from launch.report_sections._parts import Chart, RunRecord, Section, choose, evenly, line
-from trainer.metrics import Row, rows_with
+from launch.report_sections._parts import (
+    Chart,
+    Frame,
+    Section,
+    Table,
+    Trace,
+    View,
+    axis,
+    digits,
+    frames_that_fit,
+    line,
+    log_axis,
+    menu,
+)  # fmt: skip
+from launch.report_sections._record import RunRecord
+from launch.report_sections._runs import over_runs
+from trainer.metrics import Row
 
-_MAX_FRAMES = 40
-_TABLES = 5  # evaluations whose documents are shown
+_BINS = 40
+_TABLES = 3  # evaluations whose documents are shown
 
 
-def reweighting(run: RunRecord) -> Section | None:
-    """Sharpness, losses and weights over time, domains and documents; None for a run without weights."""
-    weighed = rows_with(run.steps, "reweight/ess")
-    if not weighed and not any(_alphas(run)):
+def reweighting(runs: Sequence[RunRecord]) -> Section | None:
+    """Sharpness, losses and weights over time, and documents; None for runs without weights."""
+    weighed = [(i, run) for i, run in enumerate(runs) if "reweight/ess" in run.steps]
+    if not weighed:
         return None
-    charts = []
-    if weighed:
-        charts.append(_sharpness(weighed))
-    recorded = rows_with(run.steps, "reweight/samples/loss")
+    items: list[Chart | Table] = [_ess(runs, weighed), _temperature(runs, weighed)]
+    recorded = [(i, run.samples) for i, run in weighed if run.samples]
     if recorded:
-        frames = evenly(recorded, _MAX_FRAMES)
-        charts += [_over_time(frames), _against_loss(frames)]
-    charts.append(_domains(run))
-    shown = rows_with(run.evaluations, "reweight/documents")[-_TABLES:]
-    if shown:
-        charts.append(_documents(shown))
+        kept = [(i, frames_that_fit(rows, 2 * _BINS, len(recorded))) for i, rows in recorded]
+        items += [_histograms(runs, kept, "loss"), _histograms(runs, kept, "weight"), _against_loss(runs, recorded)]
+    items += [table for i, run in weighed for table in _documents(runs, i)][: 2 * _TABLES]
     return Section(
         "Weights of samples",
         "Each optimizer step gives every sample of its global batch a weight from its loss; a weight of 1 (times B) is "
         "that of a plain mean.",
-        charts,
+        items,
     )
 
 
-def _sharpness(rows: Sequence[Row]) -> Chart:
-    figure = go.Figure()
-    for key, name in (
-        ("reweight/ess", "effective sample size / B"),
-        ("reweight/max_weight", "largest weight (B w)"),
-        ("reweight/audit_kl", "audit: KL(true || used), nats"),
-        ("moe/starved_experts", "experts whose tokens weigh less than half"),
-    ):
-        x, y = line(rows, key)
-        if x:
-            figure.add_scatter(x=x, y=y, name=name)
-    x, y = line(rows, "reweight/temperature")
-    figure.add_scatter(x=x, y=y, name="temperature", yaxis="y2", line={"dash": "dot", "color": "grey"})
-    figure.update_layout(
-        xaxis_title="step", yaxis2={"overlaying": "y", "side": "right", "type": "log", "title": "temperature"}
-    )
-    return Chart(
-        "Sharpness", "An effective sample size of 1 is a plain mean; the temperature (right axis) sets it.", figure
-    )
-
-
-def _over_time(frames: Sequence[Row]) -> Chart:
-    low = min(min(_numbers(row, "loss")) for row in frames)
-    high = max(max(_numbers(row, "loss")) for row in frames)
-    heaviest = max(max(_numbers(row, "weight")) for row in frames)
-
-    def bars(row: Row) -> list[go.Histogram]:
-        return [
-            go.Histogram(
-                x=_numbers(row, "loss"), name="loss",
-                xbins={"start": low, "end": high + 1e-9, "size": (high - low) / 40 or 1},
-            ),
-            go.Histogram(
-                x=_numbers(row, "weight"), name="weight (B w)", xaxis="x2", yaxis="y2",
-                xbins={"start": 0, "end": heaviest + 1e-9, "size": heaviest / 40 or 1},
-            ),
-        ]  # fmt: skip
-
-    figure = _slider(frames, bars)
-    figure.update_layout(
-        xaxis={"domain": [0, 0.47], "title": "loss", "range": [low, high]},
-        xaxis2={"domain": [0.53, 1], "title": "weight (B w)", "range": [0, heaviest * 1.05]},
-        yaxis2={"anchor": "x2"},
-    )
-    return Chart(
-        "Losses and weights of a step", "Samples of one step in each bin; move the slider through the run.", figure
-    )
-
-
-def _against_loss(frames: Sequence[Row]) -> Chart:
-    def dots(row: Row) -> list[go.Scatter]:
-        return [go.Scatter(x=_numbers(row, "loss"), y=_numbers(row, "weight"), mode="markers", name="samples")]
-
-    figure = _slider(frames, dots)
-    figure.update_layout(xaxis_title="loss", yaxis_title="weight (B w)")
-    return Chart("Weight against loss", "What the strategy made of each sample's loss.", figure)
-
-
-def _domains(run: RunRecord) -> Chart:
-    figure, groups = go.Figure(), {}
-    series = {"share of the objective": "weight", "share of the tokens": "tokens", "loss": "loss"}
-    if any(_alphas(run)):
-        series["weight set (alpha)"] = "alpha"
-    for label, key in series.items():
-        first = len(figure.data)
-        for name in run.domain_names:
-            x, y = line(run.steps, f"domain/{name}/{key}")
-            figure.add_scatter(x=x, y=y, name=name)
-        groups[label] = range(first, len(figure.data))
-    choose(figure, groups)
-    figure.update_layout(xaxis_title="step")
-    return Chart(
-        "Domains", "Choose in the menu; a domain whose share of the objective is above its tokens' gains.", figure
-    )
-
-
-def _documents(evaluations: Sequence[Row]) -> Chart:
-    figure, groups = go.Figure(), {}
-    for row in reversed(evaluations):
-        table = row["reweight/documents"]
-        groups[f"step {row['step']}"] = [len(figure.data)]
-        columns = ("weight", "loss", "domain", "sample", "text")
-        cells = [[entry[column] for entry in table] for column in columns]
-        figure.add_table(
-            header={"values": ["weight (B w)", *columns[1:]], "align": "left"},
-            cells={"values": cells, "align": "left", "format": [".3f", ".3f", None, None, None]},
-            columnwidth=[1, 1, 1.5, 1, 8],
+def _ess(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) -> Chart:
+    if len(runs) > 1:
+        views = [View(over_runs(runs, "reweight/ess"))]
+    else:
+        series = (
+            ("reweight/ess", "effective sample size / B", "--s1", 1.6),
+            ("reweight/max_weight", "largest weight (B w)", "--s2", 1.0),
+            ("reweight/audit_kl", "audit: KL(true || used)", "--s4", 1.2),
+            ("moe/starved_experts", "starved experts", "--s6", 1.2),
         )
-    choose(figure, groups)
+        run = weighed[0][1]
+        views = [View([*chain.from_iterable(
+            line(run.steps, key, name, run=0, color=color, width=width) for key, name, color, width in series
+            if key in ("reweight/ess", "reweight/max_weight") or run.steps[key][~np.isnan(run.steps[key])].any()
+        )])]  # fmt: skip
     return Chart(
-        "Most and least weighted", "Of the last step before an evaluation, with the beginning of the text.", figure
-    )
+        "Effective sample size",
+        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 "
+        "most of a batch "
+        "is work thrown away.",
+        views, {"yaxis": axis("", rangemode="tozero")}, direct=len(runs) > 1,
+    )  # fmt: skip
 
 
-def _slider(frames: Sequence[Row], draw) -> go.Figure:  # type: ignore[no-untyped-def]
-    names = [str(row["step"]) for row in frames]
-    figure = go.Figure(
-        data=draw(frames[-1]),
-        frames=[go.Frame(data=draw(row), name=name) for row, name in zip(frames, names, strict=True)],
-    )
-    now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    steps = [{"label": name, "method": "animate", "args": [[name], now]} for name in names]
-    figure.update_layout(sliders=[{"steps": steps, "active": len(steps) - 1, "currentvalue": {"prefix": "step "}}])
-    return figure
+def _temperature(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) -> Chart:
+    traces = over_runs(runs, "reweight/temperature")
+    return Chart("Temperature", "Large: every sample alike; small: the favoured losses alone.",
+                 [View(traces, layout={"yaxis": log_axis("temperature", traces)})], direct=len(runs) > 1)  # fmt: skip
+
+
+def _histograms(runs: Sequence[RunRecord], recorded: Sequence[tuple[int, Sequence[Row]]], column: str) -> Chart:
+    views = []
+    for i, rows in recorded:
+        values = [np.array(_numbers(row, column)) for row in rows]
+        every = np.concatenate(values) if values else np.zeros(0)
+        if not len(every):
+            continue
+        low, high = (0.0 if column == "weight" else float(every.min())), float(every.max())
+        edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+        middles, width = digits((edges[1:] + edges[:-1]) / 2), float(edges[1] - edges[0])
+        counts = [np.histogram(each, edges)[0].tolist() for each in values]
+        frames = [
+            Frame(
+                f"{row['step']:,}",
+                [{"type": "bar", "name": column, "x": middles, "y": count, "width": width * 0.94,
+                  "marker": {"color": "--s1" if column == "loss" else "--s2", "line": {"width": 0}},
+                  "hovertemplate": "%{y} samples at %{x}<extra></extra>"}],
+            )
+            for row, count in zip(rows, counts, strict=True)
+        ]  # fmt: skip
+        top = max(map(max, counts))
+        layout = {"xaxis": {"range": [float(edges[0]), float(edges[-1])]}, "yaxis": {"range": [0, top * 1.05]}}
+        views.append(View(labels=menu(runs, i), frames=frames, layout=layout))
+    title, unit = {"loss": ("Losses of a step", "loss, nats a token"), "weight": ("Weights of a step", "weight (B w)")}[
+        column
+    ]
+    return Chart(title, "Samples of one step in each bin; move the slider through the run.", views,
+                 {"xaxis": axis(unit), "yaxis": axis("samples"), "bargap": 0})  # fmt: skip
+
+
+def _against_loss(runs: Sequence[RunRecord], recorded: Sequence[tuple[int, Sequence[Row]]]) -> Chart:
+    views = []
+    for i, rows in recorded:
+        size = max(len(row["reweight/samples/loss"]) for row in rows)
+        frames = [Frame(f"{row['step']:,}", [_dots(row)]) for row in frames_that_fit(rows, 2 * size, len(recorded))]
+        drawn = [frame.traces[0] for frame in frames]
+        losses = [x for trace in drawn for x in trace["x"]] or [0.0]
+        weights = [y for trace in drawn for y in trace["y"]] or [1.0]
+        margin = 0.03 * (max(losses) - min(losses)) or 1
+        layout = {
+            "xaxis": {"range": [min(losses) - margin, max(losses) + margin]},
+            "yaxis": {"range": [0, 1.05 * max(weights)]},
+        }
+        views.append(View(labels=menu(runs, i), frames=frames, layout=layout))
+    return Chart("Weight against loss", "What the strategy made of each loss; a dot is a sample of the step.", views,
+                 {"xaxis": axis("loss, nats a token"), "yaxis": axis("weight (B w)")}, wide=True)  # fmt: skip
+
+
+def _dots(row: Row) -> Trace:
+    return {
+        "type": "scatter", "mode": "markers", "name": "samples", "x": digits(_numbers(row, "loss")),
+        "y": digits(_numbers(row, "weight")), "marker": {"color": "--s1", "size": 7, "opacity": 0.65},
+    }  # fmt: skip
+
+
+def _documents(runs: Sequence[RunRecord], number: int) -> list[Table]:
+    run = runs[number]
+    shown = [row for row in run.evaluations if row.get("reweight/documents")]
+    shown = shown[-_TABLES if len(runs) == 1 else -1 :]
+    whose = f"{run.name}, " if len(runs) > 1 else ""
+    return [
+        Table(
+            f"Most and least weighted samples, {whose}step {row['step']:,}",
+            "Of the last step before this evaluation, with the beginning of the text.",
+            ["weight (B w)", "loss", "domain", "sample", "text"],
+            [
+                [f"{e['weight']:.3f}", f"{e['loss']:.3f}", str(e["domain"]), f"{e['sample']:,}", str(e["text"])]
+                for e in row["reweight/documents"]
+            ],
+            folded=True,
+        )
+        for row in reversed(shown)
+    ]
 
 
 def _numbers(row: Row, column: str) -> list[float]:
     """A column of the samples of a step, without samples that have no target."""
     values, tokens = row[f"reweight/samples/{column}"], row["reweight/samples/tokens"]
-    return [value for value, count in zip(values, tokens, strict=True) if count and value is not None]
-
-
-def _alphas(run: RunRecord) -> list[bool]:
-    return [f"domain/{name}/alpha" in row for row in run.steps[:1] for name in run.domain_names]
+    losses = row["reweight/samples/loss"]
+    return [
+        value
+        for value, count, loss in zip(values, tokens, losses, strict=True)
+        if count and value is not None and loss is not None
+    ]
