@@ -29,6 +29,8 @@ AT_MOST = {
     "hooks/two_pass": 1.35,
     "collectives/extra": 2,
     "memory/ours_over_transformers": 0.70,
+    "loss_head/memory_ratio": 0.125,
+    "loss_head/time_ratio": 1.1,
 }
 
 VERSIONED = ("torch", "transformers", "deepspeed", "megatron-core", "tokenizers", "torchtitan", "datatrove")
