@@ -19,9 +19,6 @@ WITHIN = 0.25
 
 def cluster_of(arguments: Namespace, *, needs_whole_step: bool) -> Cluster:
     """The machines that the command line names; ConfigError if it makes no sense."""
-    for option, value in (("--nodes", arguments.nodes), ("--gpus-per-node", arguments.gpus_per_node)):
-        if value < 1:
-            raise ConfigError(f"{option}: {value} must be at least 1")
     if not 0 <= arguments.max_vio < float("inf"):
         raise ConfigError(f"--max-vio: {arguments.max_vio} must be finite and not negative; 0 is perfect balance")
     return Cluster(

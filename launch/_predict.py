@@ -331,6 +331,9 @@ class _Step:
         ):
             moved = parameters * (ranks - 1) / ranks * (BYTES * gathers + layout.gradient_bytes * scatters)
             seconds += moved / self._ring(ranks, max(near, 1))
+            # A message of each block has to get round: what is left of a collective when there is little to move.
+            latency = self.network.latency * math.log2(ranks)
+            seconds += (gathers + scatters) * len(self.model.block_experts) / layout.pipeline * latency
         cover = {0: backward, 1: backward, 2: runs * backward, 3: busy}[layout.zero_stage]
         return seconds - min(self.constants.hidden_reduction * seconds, cover)
 

@@ -84,6 +84,9 @@ def _world_size(arguments: argparse.Namespace) -> int:
                 )
         chosen = 1 if arguments.world_size is None else arguments.world_size
     else:
+        for option in ("nodes", "gpus_per_node"):
+            if getattr(arguments, option) < 1:
+                raise ConfigError(f"--{option.replace('_', '-')}: {getattr(arguments, option)} must be at least 1")
         chosen = arguments.nodes * arguments.gpus_per_node
         if arguments.world_size not in (None, chosen):
             raise ConfigError(
