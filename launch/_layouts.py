@@ -9,6 +9,7 @@ from launch._hardware import Gpu, Network
 from launch._predict import Constants, Layout, Prediction, Software, predict
 from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters
+from moe.loss_head import tile_size
 
 USABLE = 0.92
 """Of a GPU's memory; the rest is lost between the allocator's blocks (our assumption)."""
@@ -80,6 +81,7 @@ def weigh(config: RunConfig, vocab_size: int, cluster: Cluster, constants: Const
         extra_forwards=extra,
         # DeepSpeed reduces in the type of the parameters from stage 2 on, and what it accumulated in below it.
         gradient_bytes=4 if engine.precision == "fp32" or engine.zero_stage == 1 else 2,
+        tiled_head=tile_size(model.loss_tile, train.micro_batch_size * train.sequence_length, vocab_size) < vocab_size,
         max_violation=cluster.max_violation,
         software=cluster.software,
     )

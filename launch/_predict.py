@@ -79,6 +79,8 @@ class Layout:
     recompute: Recompute = "none"
     extra_forwards: float = 0.0
     """Forwards a micro-batch has besides the one its backward needs: 1 with `two_pass`."""
+    tiled_head: bool = False
+    """Whether the backward makes the head's logits again (moe/loss_head.py)."""
     one_copy_a_node: bool = False
     """Whether the dispatcher sends a token once to each node."""
     overlap: bool = False
@@ -185,14 +187,14 @@ class _Step:
     def parts(self) -> Parts:
         """Every part, for all micro-batches of the step."""
         layout, constants = self.layout, self.constants
-        # Forwards of the body and of the experts for each backward; the head is never made again for recomputation.
+        # Forwards of the body and of the experts for each backward; the head is made again only where it is tiled.
         body = 1 + layout.extra_forwards + (layout.recompute == "block")
         expert = body + (layout.recompute == "moe")
         light = expert + 0.5 * (layout.recompute == "act")
         blocks = len(self.model.block_experts)
         runs, mine = layout.micro_batches, math.ceil(blocks / layout.pipeline) / blocks
         hidden = constants.hidden_alltoall * layout.overlap
-        head_products, head_traffic = self._head(1 + layout.extra_forwards)
+        head_products, head_traffic = self._head(1 + layout.extra_forwards + layout.tiled_head)
         share = 1.0 if layout.pipeline == 1 else 0.0  # the head has one of a pipeline's stages, of which it is a part
         products = runs * (mine * self._products(body) + share * head_products)
         experts = runs * mine * self._experts(expert) * self.busiest

@@ -31,6 +31,7 @@ AT_MOST = {
     "memory/ours_over_transformers": 0.70,
     "loss_head/memory_ratio": 0.125,
     "loss_head/time_ratio": 1.1,
+    "loss_head/time_ratio_wide": 1.1,
 }
 
 VERSIONED = ("torch", "transformers", "deepspeed", "megatron-core", "tokenizers", "torchtitan", "datatrove")

@@ -50,6 +50,8 @@ def test_one_gpu_by_hand() -> None:
     elements = 3 * (2 * (14 * 64 + 3 * 12 * 16) + 2 * (4 * 64 + 3 * 32) + 3 * 128) + 8 * 100
     assert parts.traffic == pytest.approx(2 * elements * 128 / 1e12)
     assert parts.optimizer == pytest.approx(34 * 120128 / 1e12)
+    again = toy_parts(replace(ONE_GPU, tiled_head=True))
+    assert again.products - parts.products == pytest.approx(6400 * 2 * 128 / 1e12)
     assert parts.alltoall == parts.tensor == parts.bubble == parts.reduction == parts.launches == 0
 
 
