@@ -1,15 +1,17 @@
 """The tables of `launch.dryrun --predict` and `--published`."""
 
-from argparse import Namespace
+import math
+from argparse import ArgumentParser, Namespace
 from dataclasses import fields
+from typing import Any, get_args
 
 from rich.table import Table
 
 from configs.schema import RunConfig
 from launch._hardware import GPUS, NETWORKS
 from launch._layouts import Choice, Cluster, elasticities, ranked, weigh
-from launch._predict import Constants, Parts
 from launch._published import PUBLISHED, Published, foretell, left_out
+from launch._step_terms import Constants, Parts, Software
 from trainer.errors import ConfigError
 
 SHOWN = 5
@@ -17,10 +19,53 @@ WITHIN = 0.25
 """Largest relative error that is promised for the published figures of the first block."""
 
 
-def cluster_of(arguments: Namespace, *, needs_whole_step: bool) -> Cluster:
-    """The machines that the command line names; ConfigError if it makes no sense."""
-    if not 0 <= arguments.max_vio < float("inf"):
+DEFAULTS = {
+    "nodes": 1, "gpus_per_node": 8, "gpu": "h100", "network": "ib400", "max_vio": 0.1, "software": "eager"
+}  # fmt: skip
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """What describes the machines to foretell for; absent ones are None, so that one without --predict is noticed."""
+
+    def add(name: str, text: str, **how: Any) -> None:
+        default = DEFAULTS[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", help=f"with --predict: {text} (default {default})", **how)
+
+    add("nodes", "machines", type=int)
+    add("gpus-per-node", "GPUs of each machine", type=int)
+    add("gpu", "their kind", choices=GPUS)
+    add("network", "between machines, a port for each GPU", choices=NETWORKS)
+    add("max-vio", "imbalance of experts to expect", type=float)
+    add("software", "how fused the kernels between products are", choices=get_args(Software))
+
+
+def refuse_options(arguments: Namespace) -> None:
+    """ConfigError for an option that would have no effect without --predict."""
+    for name in DEFAULTS:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: is read with --predict only; add that or leave it out")
+
+
+def foretold_ranks(arguments: Namespace) -> int:
+    """Ranks of all machines; fills in defaults. ConfigError if the machines make no sense."""
+    for name, default in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    if not 0 <= arguments.max_vio < math.inf:
         raise ConfigError(f"--max-vio: {arguments.max_vio} must be finite and not negative; 0 is perfect balance")
+    ranks = int(arguments.nodes * arguments.gpus_per_node)
+    if arguments.world_size not in (None, ranks):
+        raise ConfigError(
+            f"--world-size: {arguments.world_size} is not --nodes x --gpus-per-node = {ranks}; leave it out"
+        )
+    return ranks
+
+
+def cluster_of(arguments: Namespace, *, needs_whole_step: bool) -> Cluster:
+    """The machines that the command line names."""
     return Cluster(
         gpu=GPUS[arguments.gpu],
         network=NETWORKS[arguments.network],

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 
 from configs.schema import RunConfig
 from launch._hardware import Gpu, Network
-from launch._predict import Constants, Layout, Prediction, Software, predict
+from launch._predict import predict
 from launch._states import model_state_bytes
+from launch._step_terms import Constants, Layout, Prediction, Software
 from moe.arithmetic import activation_bytes, count_parameters
 from moe.loss_head import tile_size
 

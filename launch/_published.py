@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from launch._hardware import GPUS, NETWORKS
-from launch._predict import Constants, Layout, predict
+from launch._predict import predict
+from launch._step_terms import Constants, Layout
 from moe.arithmetic import flops_per_token
 from moe.config import ModelConfig
 from moe.latent import LatentConfig

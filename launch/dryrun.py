@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +23,7 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
-from launch._foretell import cluster_of, published, tables
-from launch._hardware import GPUS, NETWORKS
-from launch._predict import Software
+from launch._foretell import add_options, cluster_of, foretold_ranks, published, refuse_options, tables
 from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters, flops_per_token
 from trainer.data.prepare import read_manifest
@@ -42,20 +39,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance engine.zero_stage=2")
     parser.add_argument("--world-size", type=int, help="ranks, over all nodes (default 1, or those of --nodes)")
     parser.add_argument("--predict", action="store_true", help="foretell step time, memory and MFU on GPUs")
-    parser.add_argument("--nodes", type=int, default=1, help="machines to foretell for (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default 8)")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="their kind (default h100)")
-    parser.add_argument(
-        "--network", choices=NETWORKS, default="ib400", help="between nodes, a port a GPU (default ib400)"
-    )
-    parser.add_argument("--max-vio", type=float, default=0.1, help="imbalance of experts to expect (default 0.1)")
-    parser.add_argument(
-        "--software", choices=get_args(Software), default="eager", help="how fused the kernels are (default eager)"
-    )
+    add_options(parser)
     parser.add_argument("--published", action="store_true", help="only compare the formula with published figures")
     arguments = parser.parse_intermixed_args(argv)
     console = Console()
     if arguments.published:
+        if arguments.config is not None or arguments.predict:
+            raise ConfigError("--published: stands alone; leave out the configuration and --predict")
+        refuse_options(arguments)
         console.print(published())
         return 0
     if arguments.config is None:
@@ -76,25 +67,14 @@ def main(argv: list[str]) -> int:
 
 
 def _world_size(arguments: argparse.Namespace) -> int:
-    if not arguments.predict:
-        for option, default in (("nodes", 1), ("gpus_per_node", 8)):
-            if getattr(arguments, option) != default:
-                raise ConfigError(
-                    f"--{option.replace('_', '-')}: is read with --predict only; add that, or --world-size"
-                )
-        chosen = 1 if arguments.world_size is None else arguments.world_size
-    else:
-        for option in ("nodes", "gpus_per_node"):
-            if getattr(arguments, option) < 1:
-                raise ConfigError(f"--{option.replace('_', '-')}: {getattr(arguments, option)} must be at least 1")
-        chosen = arguments.nodes * arguments.gpus_per_node
-        if arguments.world_size not in (None, chosen):
-            raise ConfigError(
-                f"--world-size: {arguments.world_size} is not --nodes x --gpus-per-node = {chosen}; leave it out"
-            )
+    """Ranks that the command line asks for."""
+    if arguments.predict:
+        return foretold_ranks(arguments)
+    refuse_options(arguments)
+    chosen = 1 if arguments.world_size is None else int(arguments.world_size)
     if chosen < 1:
         raise ConfigError(f"--world-size: {chosen} must be at least 1")
-    return int(chosen)
+    return chosen
 
 
 def _parameters(config: RunConfig, vocab_size: int) -> Table:

@@ -14,8 +14,9 @@ from launch._cli import run_command
 from launch._foretell import WITHIN
 from launch._hardware import GPUS, NETWORKS, Gpu, Network
 from launch._layouts import USABLE, Cluster, elasticities, ranked, weigh
-from launch._predict import Constants, Layout, Parts, distinct, predict
+from launch._predict import distinct, predict
 from launch._published import FITTED, PUBLISHED, fit, foretell
+from launch._step_terms import Constants, Layout, Parts
 from moe.config import ModelConfig
 from tests.harness import ROOT
 
@@ -190,6 +191,8 @@ def test_fitted_constants_are_those_of_the_fit(name: str) -> None:
         (["--predict", "--nodes", "2", "--world-size", "3"], "--world-size: 3 is not --nodes x --gpus-per-node = 16"),
         (["--predict", "--max-vio", "-1"], "--max-vio: -1.0 must be finite"),
         (["--nodes", "2"], "--nodes: is read with --predict only"),
+        (["--max-vio", "0.1"], "--max-vio: is read with --predict only"),
+        (["--published"], "--published: stands alone"),
         (["--predict", "engine.precision=fp32"], "engine.precision: steps are foretold in bf16 only"),
         (["--predict", "--nodes", "7"], "global_batch_size: 4608 is not divisible by"),
     ],
