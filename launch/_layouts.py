@@ -126,20 +126,15 @@ def elasticities(
     model, layout, base = choice.config.model, choice.layout, choice.prediction.seconds
 
     def at(name: str, factor: float) -> float:
-        gpu, network, other, changed = cluster.gpu, cluster.network, layout, constants
-        if name in ("memory_bandwidth", "link_bandwidth"):
-            gpu = replace(gpu, **{name: getattr(gpu, name) * factor})
-        elif name == "network_bandwidth":
-            network = replace(network, bandwidth=network.bandwidth * factor)
-        elif name == "max_violation":
+        other, changed = layout, constants
+        if name == "max_violation":
             other = replace(layout, max_violation=layout.max_violation * factor)
         else:
             limit = 1.0 if "efficiency" in name or "hidden" in name else math.inf
             changed = replace(constants, **{name: min(getattr(constants, name) * factor, limit)})
-        return predict(model, vocab_size, other, gpu, network, changed).seconds / base - 1
+        return predict(model, vocab_size, other, cluster.gpu, cluster.network, changed).seconds / base - 1
 
-    names = [item.name for item in fields(Constants)]
-    names += ["memory_bandwidth", "link_bandwidth", "network_bandwidth", "max_violation"]
+    names = [*(item.name for item in fields(Constants)), "max_violation"]
     found = {name: (at(name, 0.8), at(name, 1.2)) for name in names}
     return dict(sorted(found.items(), key=lambda item: -max(map(abs, item[1]))))
 
