@@ -28,7 +28,8 @@ from configs.schema import RunConfig
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._trained import load_trained_model
-from moe.model import IGNORED_LABEL, MoEDecoder
+from moe.loss_head import IGNORED_LABEL
+from moe.model import MoEDecoder
 from reweighting.proxy import DomainBatch, ProxyConfig, proxy_step
 from trainer import ranks
 from trainer.data.corpus import Rows, TokenCorpus

@@ -2,6 +2,13 @@
 
 Checks the configuration for that number of ranks and prints parameters, bytes a rank by component for each ZeRO
 stage, and the arithmetic of the batch. Nothing is built; exit code 2 with every problem if the layout is refused.
+
+With --predict also what a step would take on GPUs (launch/PREDICTION.md): its parts, the layouts that fit and the
+fastest of them, and which assumption matters most:
+
+    python -m launch.dryrun configs/16b-a3b.yaml --predict --nodes 16 --gpu h100 --network ib400
+
+--published prints how far the formula is from what others measured.
 """
 
 import argparse
@@ -16,9 +23,10 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
+from launch._foretell import add_options, cluster_of, foretold_ranks, published, refuse_options, tables
+from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters, flops_per_token
 from trainer.data.prepare import read_manifest
-from trainer.engine import EngineConfig
 from trainer.errors import ConfigError
 
 
@@ -27,43 +35,46 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.dryrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
+    parser.add_argument("config", nargs="?", help="YAML file, for instance configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance engine.zero_stage=2")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks, over all nodes (default 1)")
+    parser.add_argument("--world-size", type=int, help="ranks, over all nodes (default 1, or those of --nodes)")
+    parser.add_argument("--predict", action="store_true", help="foretell step time, memory and MFU on GPUs")
+    add_options(parser)
+    parser.add_argument("--published", action="store_true", help="only compare the formula with published figures")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.world_size < 1:
-        raise ConfigError(f"--world-size: {arguments.world_size} must be at least 1")
-    config = load_run_config(arguments.config, arguments.overrides, world_size=arguments.world_size)
+    console = Console()
+    if arguments.published:
+        if arguments.config is not None or arguments.predict:
+            raise ConfigError("--published: stands alone; leave out the configuration and --predict")
+        refuse_options(arguments)
+        console.print(published())
+        return 0
+    if arguments.config is None:
+        parser.error("the following arguments are required: config")
+    world_size = _world_size(arguments)
+    config = load_run_config(arguments.config, arguments.overrides, world_size=world_size)
     manifest = read_manifest(Path(config.data.path))
     vocab_size = manifest["tokenizer"]["vocab_size"] if manifest else config.data.vocab_size
-
-    console = Console()
+    if arguments.predict:
+        cluster = cluster_of(arguments, needs_whole_step=_needs_whole_step(config))
+        foretold = tables(config, vocab_size, cluster)
     console.print(_parameters(config, vocab_size))
-    console.print(_memory(config, vocab_size, arguments.world_size))
-    console.print(_batch(config, vocab_size, arguments.world_size))
+    console.print(_memory(config, vocab_size, world_size))
+    console.print(_batch(config, vocab_size, world_size))
+    for table in foretold if arguments.predict else ():
+        console.print(table)
     return 0
 
 
-def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, world_size: int) -> dict[str, float]:
-    """Bytes of model state on one rank by component (Rajbhandari et al. 2020, arXiv 1910.02054, section 3).
-
-    Stage 1 shards optimizer state and master weights over ranks, stage 2 gradients too, stage 3 parameters too (those
-    of the layer at work are whole; they are not counted here). Routed experts are first divided by expert parallelism,
-    then their state over the ranks that hold the same share. Buckets and the alignment of shards are not counted.
-    """
-    low = 2 if engine.precision == "bf16" else 4
-    accumulate = 2 if engine.accumulation_dtype == "bf16" else 4
-    # DeepSpeed's ZeRO keeps a flat float32 copy of its shard even when the model itself is float32.
-    has_master = engine.precision == "bf16" or engine.zero_stage > 0
-    local = num_dense + num_routed / engine.expert_parallel_size
-    # A share of the experts lies on world / P ranks and its state is cut among those: 1 / world of all experts.
-    sharded = local if engine.zero_stage == 0 else (num_dense + num_routed) / world_size
-    return {
-        "parameters": low * (sharded if engine.zero_stage == 3 else local),
-        "gradients": accumulate * (sharded if engine.zero_stage >= 2 else local),
-        "master weights": 4 * sharded if has_master else 0.0,
-        "Adam moments": 8 * sharded,
-    }
+def _world_size(arguments: argparse.Namespace) -> int:
+    """Ranks that the command line asks for."""
+    if arguments.predict:
+        return foretold_ranks(arguments)
+    refuse_options(arguments)
+    chosen = 1 if arguments.world_size is None else int(arguments.world_size)
+    if chosen < 1:
+        raise ConfigError(f"--world-size: {chosen} must be at least 1")
+    return chosen
 
 
 def _parameters(config: RunConfig, vocab_size: int) -> Table:
@@ -135,8 +146,11 @@ def _batch(config: RunConfig, vocab_size: int, world_size: int) -> Table:
 
 
 def _mode(config: RunConfig) -> str:
-    needs_whole_step = build_hooks(config.hooks).needs_batch_losses or config.model.aux_loss.global_batch > 0
-    return config.train.mode(needs_whole_step=needs_whole_step, keeps_graphs=config.engine.keeps_graphs)
+    return config.train.mode(needs_whole_step=_needs_whole_step(config), keeps_graphs=config.engine.keeps_graphs)
+
+
+def _needs_whole_step(config: RunConfig) -> bool:
+    return bool(build_hooks(config.hooks).needs_batch_losses or config.model.aux_loss.global_batch > 0)
 
 
 def _cell(state: dict[str, float] | str, component: str) -> str:

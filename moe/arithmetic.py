@@ -5,7 +5,8 @@ Shape letters: D model width, F intermediate width, E experts, K experts a token
 
 from dataclasses import dataclass
 
-from moe.config import LOSS_CHUNK, ModelConfig
+from moe.config import ModelConfig
+from moe.loss_head import tile_size
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,17 @@ def activation_bytes(
         kept, alive = len(blocks) * width, max(blocks)
     else:
         kept, alive = sum(blocks), 0
-    logits = 2 * 4 * vocab_size * min(tokens, LOSS_CHUNK)
-    return element_bytes * tokens * (kept * kept_graphs + alive) + logits
+    return element_bytes * tokens * (kept * kept_graphs + alive) + head_bytes(config, vocab_size, tokens=tokens)
+
+
+def head_bytes(config: ModelConfig, vocab_size: int, *, tokens: int) -> float:
+    """Bytes of logits and what is made of them at their worst moment, for one micro-batch of `tokens`.
+
+    The plain head keeps log-probabilities and has two gradients of that size beside them in the backward; in tiles
+    there is one float32 tile, and the narrower one that it came from.
+    """
+    tile = tile_size(config.loss_tile, tokens, vocab_size)
+    return (3 if tile == vocab_size else 2) * 4.0 * tokens * tile
 
 
 def _attention_elements(config: ModelConfig) -> int:

@@ -6,9 +6,6 @@ from typing import Literal
 
 from moe.latent import LatentConfig
 
-LOSS_CHUNK = 8192
-"""Tokens whose float32 logits exist at once; longer micro-batches compute their loss in pieces."""
-
 _GROUPED_MM_MULTIPLE = 8  # grouped_mm wants strides of 16 bytes: 8 elements in bf16
 
 
@@ -105,6 +102,9 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
+    loss_tile: int = 0
+    """Entries of the vocabulary whose logits exist at once in the loss (moe/loss_head.py); 0 chooses by memory, and
+    the size of the vocabulary or more makes it the plain head."""
     mtp_weight: float = 0.0
     """Weight of a multi-token-prediction block that predicts the token after the next (DeepSeek-V3); 0 has none."""
     init_std: float = 0.02
@@ -153,7 +153,7 @@ class ModelConfig:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
-        for name in ("num_dense_layers", "head_dim", "num_shared_experts"):
+        for name in ("num_dense_layers", "head_dim", "num_shared_experts", "loss_tile"):
             if getattr(self, name) < 0:
                 found.append(f"{name}: {getattr(self, name)} is negative")
         if found:

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.blocks import Block, LayerReport, MoELayer, NextTokenBlock, Samples
-from moe.config import LOSS_CHUNK, ModelConfig
+from moe.config import ModelConfig
 from moe.documents import Layout, document_layout
 from moe.layers import RMSNorm, rotary_table
+from moe.loss_head import IGNORED_LABEL, OutputHead
 from moe.router import THRESHOLD_BINS, RoutingStats
-
-IGNORED_LABEL = -100
 
 CountKind = Literal["train", "eval"]
 
@@ -54,7 +53,7 @@ class MoEDecoder(nn.Module):
         )
         self.next_token = NextTokenBlock(config, parallel_size=expert_parallel_size) if config.has_mtp else None
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        self.head = OutputHead(config.hidden_size, vocab_size, loss_tile=config.loss_tile)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
@@ -87,7 +86,7 @@ class MoEDecoder(nn.Module):
             self._add_stats([report.stats for report in reports])
             logits_BTV: Tensor = self.head(hidden_BTD)
             return logits_BTV
-        losses_BT = self._token_losses(hidden_BTD, labels_BT)
+        losses_BT: Tensor = self.head(hidden_BTD, labels_BT)
         penalties = []
         if self.next_token is not None and self.training:
             targets_BT = self._targets_after_next(labels_BT, documents_BT)
@@ -204,7 +203,7 @@ class MoEDecoder(nn.Module):
         else:
             hidden_BTD, report = self.next_token(x_BTD, next_BTD, layout, counted_BT, samples)
         num_targets_B = (targets_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
-        return self._token_losses(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
+        return self.head(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
 
     def _add_stats(self, new: list[RoutingStats]) -> None:
         if self.training and not torch.is_grad_enabled():
@@ -214,20 +213,6 @@ class MoEDecoder(nn.Module):
         new = new + [_no_stats(layer, kind) for layer in self.moe_layers()[len(new) :]]
         old = self._stats[kind]
         self._stats[kind] = [_add(a, b) for a, b in zip(old, new, strict=True)] if old else new
-
-    def _token_losses(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        def chunk_losses(hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(hidden_ND).float(), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
-
-        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-        if hidden_ND.shape[0] <= LOSS_CHUNK:
-            return chunk_losses(hidden_ND, labels_N).view_as(labels_BT)
-        # Float32 logits of all tokens would be the largest tensor of the step: keep none, recompute each chunk.
-        losses = [
-            checkpoint(chunk_losses, hidden, labels, use_reentrant=False)
-            for hidden, labels in zip(hidden_ND.split(LOSS_CHUNK), labels_N.split(LOSS_CHUNK), strict=True)
-        ]
-        return torch.cat(losses).view_as(labels_BT)
 
     @torch.no_grad()
     def _initialize(self, parallel_size: int, parallel_rank: int) -> None:

@@ -1,8 +1,8 @@
 """`make bench`: ratios of this machine, all from one run. Prints a table with targets and writes runs/bench.json.
 
-One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, hooks.py, collectives.py, memory.py.
-How things are timed is in timing.py, targets are in report.py, what was learned on the way in NOTES.md. Commands of
-their own, for they take minutes: tests.bench.data, tests.bench.reweighting and the studies.
+One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, loss_head.py, hooks.py, collectives.py,
+memory.py. How things are timed is in timing.py, targets are in report.py, what was learned on the way in NOTES.md.
+Commands of their own, for they take minutes: tests.bench.data, tests.bench.reweighting, tests.bench.growth, studies.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import collectives, engine, hooks, layer, memory, train_step
+from tests.bench import collectives, engine, hooks, layer, loss_head, memory, train_step
 from tests.bench.report import Report
 from tests.bench.timing import keep_freed_memory
 
@@ -23,6 +23,7 @@ FAMILIES = {
     "memory": memory.measure,
     "hooks": hooks.measure,
     "collectives": collectives.measure,
+    "loss_head": loss_head.measure,
     "layer": layer.measure,
     "train_step": train_step.measure,
     "engine": engine.measure,

@@ -5,11 +5,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from moe.config import ModelConfig
 from tests.bench.report import Report
 
 REFERENCE = "transformers_qwen3_grouped_mm"
@@ -34,21 +36,29 @@ def _resident_mib(peak: bool) -> float:
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
+def memory_added(small: Callable[[], object], large: Callable[[], object]) -> tuple[float, float]:
+    """MiB that `large` adds to the memory in use, and the peak with all of it. `small`: a little of everything first,
+    so that libraries and their buffers are there."""
+    small()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident_mib(peak=False)
+    large()
+    return _resident_mib(peak=True) - before, _resident_mib(peak=True)
+
+
 def _pass_mib(name: str) -> tuple[float, float]:
     """What a forward and backward adds to the memory in use, weights and input apart, and the peak with all of it."""
     from tests.bench.layer import WORKLOADS, Workload
     from tests.bench.peers import PEERS
 
-    # A little of everything first, so that libraries and their buffers are there; then the real size.
-    small = replace(WORKLOADS["B"], num_experts=8, expert_intermediate_size=16)
-    for config, tokens in ((small, 64), (WORKLOADS["B"], 4096)):
+    def prepare(config: ModelConfig, tokens: int) -> Callable[[], object]:
         workload = Workload(config, tokens)
         module = workload.layer if name == "ours" else PEERS[name](workload.config, workload.weights).module
         del workload.layer, workload.sigmoid
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _resident_mib(peak=False)
-        workload.run(module)
-    return _resident_mib(peak=True) - before, _resident_mib(peak=True)
+        return lambda: workload.run(module)
+
+    small = prepare(replace(WORKLOADS["B"], num_experts=8, expert_intermediate_size=16), 64)
+    return memory_added(small, prepare(WORKLOADS["B"], 4096))
 
 
 if __name__ == "__main__":

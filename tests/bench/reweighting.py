@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,15 +49,15 @@ SHAPE = {
 }  # fmt: skip
 
 
-def stepper(config_path: Path, mode: str) -> Callable[[], None]:
+def stepper(config_path: Path, mode: str, overrides: Sequence[str] = ()) -> Callable[[], None]:
     """A function that trains one step in this process."""
-    config = load_run_config(config_path, MODES[mode])
+    config = load_run_config(config_path, [*MODES[mode], *overrides])
     corpus = open_corpus(config)
     engine, hooks, context = build(config, corpus, Path(config.folder))
     accumulator = Accumulator(
         engine, hooks, mode=config.train.mode(needs_whole_step=hooks.needs_batch_losses),
         normalization=config.train.loss_normalization,
-        num_micro_batches=config.train.global_batch_size // config.train.micro_batch_size,
+        num_micro_batches=config.train.global_batch_size // config.train.micro_batch_size // ranks.world_size(),
         samples_per_row=1, device=context.device,
     )  # fmt: skip
     batches = open_loader(config, corpus).batches(0)

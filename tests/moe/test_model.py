@@ -14,7 +14,7 @@ from moe.documents import Layout
 from moe.grouped import experts_forward
 from moe.latent import LatentConfig
 from moe.layers import FeedForward, rotary_table
-from moe.model import LOSS_CHUNK, MoEDecoder
+from moe.model import MoEDecoder
 
 SMALL = ModelConfig(
     hidden_size=32, num_layers=3, num_dense_layers=1, dense_intermediate_size=40, num_heads=4, num_kv_heads=2,
@@ -92,21 +92,6 @@ def test_token_losses_are_cross_entropy_and_zero_where_ignored() -> None:
     torch.testing.assert_close(losses_BT, expected_BT)
     assert losses_BT.dtype == torch.float32
     assert not losses_BT[1, 4:].any()
-
-
-def test_loss_in_chunks_equals_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model()
-    tokens_BT, labels_BT = tokens_and_labels()
-    whole = model(tokens_BT, labels_BT)
-    whole.mean().backward()
-    gradient = model.head.weight.grad.clone()
-    model.zero_grad()
-    assert tokens_BT.numel() < LOSS_CHUNK
-    monkeypatch.setattr("moe.model.LOSS_CHUNK", 7)
-    chunked = model(tokens_BT, labels_BT)
-    chunked.mean().backward()
-    torch.testing.assert_close(chunked, whole)
-    torch.testing.assert_close(model.head.weight.grad, gradient)
 
 
 @pytest.mark.parametrize("changes", [{}, LATENT])
