@@ -240,7 +240,9 @@ def _variant_problems(config: GridConfig, variants: Sequence[Variant]) -> list[s
     found = []
     for name in [name for axis in config.product for name in axis.choices] + list(config.variants):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name) or len(name) > _MAX_NAME:
-            found.append(f"'{name}' cannot name a folder; use letters, digits, '.', '+', '-' and '_', up to {_MAX_NAME}")
+            found.append(
+                f"'{name}' cannot name a folder; use letters, digits, '.', '+', '-' and '_', up to {_MAX_NAME}"
+            )
     seen: dict[str, str] = {}
     for variant in variants:
         for given in (f"name '{variant.name.casefold()}'", f"settings {sorted(variant.settings.items(), key=str)}"):
@@ -252,7 +254,9 @@ def _variant_problems(config: GridConfig, variants: Sequence[Variant]) -> list[s
             for key in RESERVED
             if key in variant.settings
         ]
-    found += [f"overrides.{key}: is set by the grid itself; remove it" for key in RESERVED if key in flat(config.overrides)]
+    found += [
+        f"overrides.{key}: is set by the grid itself; remove it" for key in RESERVED if key in flat(config.overrides)
+    ]
     names = [variant.name for variant in variants]
     if config.baseline and config.baseline not in names:
         found.append(f"baseline: no variant is called '{config.baseline}'{_hint(config.baseline, names)}")
@@ -264,7 +268,10 @@ def _without(variants: list[Variant], exclude: Sequence[Mapping[str, Any]]) -> t
     problems, dropped = [], set()
     known = sorted({key for variant in variants for key in (variant.place.keys() | variant.settings.keys())})
     for number, entry in enumerate(exclude):
-        wanted = {**{k: v for k, v in entry.items() if k in known}, **flat({k: v for k, v in entry.items() if k not in known})}
+        wanted = {
+            **{k: v for k, v in entry.items() if k in known},
+            **flat({k: v for k, v in entry.items() if k not in known}),
+        }
         unknown = [key for key in wanted if key not in known]
         problems += [f"exclude[{number}].{key}: no axis and no key of one{_hint(key, known)}" for key in unknown]
         matching = {variant.name for variant in variants if all(_matches(variant, k, v) for k, v in wanted.items())}

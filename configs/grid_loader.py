@@ -68,7 +68,9 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         problems.append(f"name: '{name}' is not a folder name; use letters, digits, - and _")
     varied = {key for variant in variants for key in variant.settings} | set(RESERVED)
     given = [leaf_key(leaf) for source, tree in parse_overrides(overrides) for leaf in leaves_of(tree, source)]
-    problems += [f"{key}: is set by the grid, so it cannot be given on the command line" for key in given if key in varied]
+    problems += [
+        f"{key}: is set by the grid, so it cannot be given on the command line" for key in given if key in varied
+    ]
     if problems:
         raise ConfigError(*(f"{path}: {line}" for line in problems))
 
@@ -140,5 +142,7 @@ def _halving_problems(config: GridConfig, runs: Sequence[GridRun]) -> list[str]:
             if rung >= steps:
                 found.append(f"halving.rungs: {rung} is not before the end of the runs (train.steps {steps})")
             elif every == 0 or rung % every:
-                found.append(f"halving.rungs: {rung} is no multiple of evaluation.every ({every}); nothing is measured there")
+                found.append(
+                    f"halving.rungs: {rung} is no multiple of evaluation.every ({every}); nothing is measured there"
+                )
     return list(dict.fromkeys(found))

@@ -28,7 +28,9 @@ def load_run_config(
 ) -> RunConfig:
     """Read, merge and check a run configuration for `world_size` ranks; None is for looking at a run, on any number.
 
-    `settings` win over the file, `overrides` over both. Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
+    `settings` win over the file, `overrides` over both.
+
+    Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
     """
     leaves: list[Leaf] = []
     for source, tree in _read_with_includes(Path(path), ()):
