@@ -81,7 +81,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     complaints: dict[str, list[str]] = {}
     for variant in first_seeds:
         settings = next(each.settings for each in variants if each.name == variant)
-        leaves = _leaves(flat(config.overrides), f"{path}: overrides") + _leaves(settings, f"{path}: {variant}")
+        leaves = _leaves(flat(config.overrides), str(path)) + _leaves(settings, str(path))
         try:
             checked[variant] = load_run_config(base, overrides, world_size=config.ranks, settings=leaves)
         except ConfigError as error:
