@@ -295,3 +295,38 @@ def test_slurm_array_runs_each_folder_whatever_its_name(tmp_path: Path, data_con
     path = write_grid(tmp_path, data_config, variants={"a": {}, "b": {}}, ranks=3, slurm={"nodes": 2})
     done = run("launch.ablate", str(path), "--slurm", str(script))
     assert done.returncode == 2
+
+
+def example(tmp_path: Path) -> Path:
+    """The grid that launch/ABLATIONS.md prints, where its base configuration is found."""
+    text = (ROOT / "launch" / "ABLATIONS.md").read_text()
+    text = text[text.index("<!-- the test suite runs exactly this text -->") :]
+    path = tmp_path / "tour.yaml"
+    path.write_text(text[text.index("```yaml\n") + 8 : text.index("\n```\n")] + "\n")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return path
+
+
+def test_the_example_of_the_docs_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(ablate.main, [str(example(tmp_path)), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 variants, 12 runs" in shown
+    assert all(name in shown for name in ("sign_r-0.4_experts-8-2_s1", "router_score-softmax_s2", "plain_s1"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_example_of_the_docs_runs_as_printed(tmp_path: Path, data_config: DataConfig) -> None:
+    data = [
+        f"data.path={data_config.path}", f"data.source={data_config.source}",
+        f"data.vocab_size={data_config.vocab_size}", f"data.heldout_fraction={data_config.heldout_fraction}",
+    ]  # fmt: skip
+    path = example(tmp_path)
+    done = run("launch.ablate", str(path), *data, timeout=1400, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    decisions = json.loads((tmp_path / "runs" / "tour" / "halving.json").read_text())
+    assert [len(decision["kept"]) for decision in decisions] in ([3, 2], [3, 3], [4, 2], [4, 3])
+    assert all("plain" in decision["kept"] for decision in decisions)
+    status = run("launch.ablate", str(path), *data, "--status", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert status.returncode == 0
+    assert "halving at step 4" in status.stdout
