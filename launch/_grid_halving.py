@@ -34,12 +34,13 @@ class Decision:
 def decide(config: HalvingConfig, rung: int, values: Mapping[str, Mapping[int, float]], baseline: str) -> Decision:
     """Who goes on. `values`: for each contender, the metric at the rung by seed; runs that failed are absent.
 
-    The best ceil(keep x n) go on, and the baseline; a mean that is not finite is worse than all. Without a seed that
-    all contenders have, nothing can be compared and all go on.
+    The best ceil(keep x n) go on, and the baseline; a mean that is not finite is worse than all, and so is a variant
+    whose runs have all failed. Without a seed that the others have in common nothing can be compared: all go on.
     """
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values.values())))
+    present = [set(by_seed) for by_seed in values.values() if by_seed]
+    seeds = sorted(set.intersection(*present)) if present else []
     means = {
-        name: math.fsum(by_seed[seed] for seed in seeds) / len(seeds) if seeds else math.nan
+        name: math.fsum(by_seed[seed] for seed in seeds) / len(seeds) if seeds and by_seed else math.nan
         for name, by_seed in values.items()
     }
     order = sorted(means, key=lambda name: means[name] if math.isfinite(means[name]) else math.inf)

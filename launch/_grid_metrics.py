@@ -34,8 +34,8 @@ class Evaluations:
                         if not line.endswith(b"\n"):
                             break
                         self._offset += len(line)
-                        if _MARK in line:
-                            self.rows.append(json.loads(line))
+                        if _MARK in line and (row := _parsed(line)) is not None:
+                            self.rows.append(row)
         except FileNotFoundError:
             self.rewind()
         return self.rows
@@ -48,14 +48,22 @@ class Evaluations:
         return None
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None  # what a power cut left: the run will write it again
+    return row if isinstance(row, dict) and "step" in row else None
+
+
 def step_seconds(run_dir: Path) -> float | None:
     """Median time of a step as the run has measured it, without its first steps; None if there are too few."""
     found = []
     try:
         with (run_dir / METRICS).open("rb") as file:
             for line in file:
-                if b'"time/step_s"' in line and line.endswith(b"\n"):
-                    found.append(float(json.loads(line)["time/step_s"]))
+                if b'"time/step_s"' in line and (row := _parsed(line)) is not None:
+                    found.append(float(row["time/step_s"]))
     except FileNotFoundError:
         return None
     later = sorted(found[3:])

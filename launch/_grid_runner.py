@@ -42,7 +42,8 @@ class StopRequest:
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:
         """Listen while the context lasts."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield self
         finally:
@@ -64,6 +65,8 @@ class _Active:
     slot: Slot
     process: "subprocess.Popen[bytes]"
     since: float
+    output_start: int
+    """Bytes of its output that are of earlier starts."""
     parked: bool = False
     """Whether it was asked to save and wait at a rung."""
 
@@ -113,8 +116,10 @@ class GridRunner:
         state.attempts += 1
         self._folder.save()
         self._evaluations[run.name].rewind()
-        process = start(command(run, self._grid.config.ranks), run.folder / OUTPUT, slot)
-        self._active.append(_Active(run, slot, process, time.monotonic()))
+        output = run.folder / OUTPUT
+        begin = output.stat().st_size if output.exists() else 0
+        process = start(command(run, self._grid.config.ranks), output, slot)
+        self._active.append(_Active(run, slot, process, time.monotonic(), begin))
         again = f" (start {state.attempts})" if state.attempts > 1 else ""
         self._say(f"{run.name}: started{again}")
 
@@ -131,12 +136,13 @@ class GridRunner:
             state.status = "waiting"
             self._say(f"{run.name}: {'saved' if code == PREEMPTED_EXIT_CODE else 'ended'}, waits")
         else:
-            self._failed(run, state, code)
+            self._failed(active, state, code)
         self._mark_stopped()
         self._folder.save()
 
-    def _failed(self, run: GridRun, state: RunState, code: int) -> None:
-        state.reason = last_words(run.folder / OUTPUT)
+    def _failed(self, active: _Active, state: RunState, code: int) -> None:
+        run = active.run
+        state.reason = last_words(run.folder / OUTPUT, active.output_start)
         self._failures[run.name] += 1
         left = self._grid.config.retries - self._failures[run.name]
         if code in _BY_ITS_SETTINGS or left < 0:
@@ -239,11 +245,11 @@ def command(run: GridRun, ranks: int) -> list[str]:
     return train if ranks == 1 else ["launch.torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", *train]
 
 
-def last_words(output: Path) -> str:
-    """The line of a run's output that says why it ended: the last of ours, or else the last."""
+def last_words(output: Path, begin: int) -> str:
+    """The line of a run's output from byte `begin` that says why it ended: the last of ours, or else the last."""
     try:
         with output.open("rb") as file:
-            file.seek(max(0, output.stat().st_size - (1 << 16)))
+            file.seek(max(begin, output.stat().st_size - (1 << 16)))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
