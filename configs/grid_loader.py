@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.grid import RESERVED, GridConfig, Variant, expand, flat, run_name
+from configs.grid import GridConfig, flat
+from configs.grid_expand import RESERVED, Variant, expand, run_name
 from configs.loader import load_run_config, parse_overrides, read_tree
 from configs.schema import RunConfig
 from configs.typed import Leaf, build_typed, leaf_key, leaves_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.grid import HalvingConfig
 from configs.grid_loader import Grid
 from launch._grid_state import write_json
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 
 FILE = "halving.json"
 
@@ -56,7 +56,7 @@ class Halving:
     """The rungs that are behind a grid, and the one ahead of it."""
 
     def __init__(self, grid: Grid) -> None:
-        """Raises CheckpointError if the folder's decisions are not of this grid's rungs."""
+        """Raises CheckpointError or ConfigError if the folder's decisions are not of this grid's rungs and variants."""
         self._grid, self._config = grid, grid.config.halving
         self._path = grid.folder / FILE
         self.decisions = _read(self._path)
@@ -65,6 +65,11 @@ class Halving:
             raise CheckpointError(
                 f"{self._path}: variants were stopped at {made}, halving.rungs is {self._config.rungs}; restore the "
                 "rungs, or give the grid another name"
+            )
+        late = [each.name for each in grid.variants if made and each.name not in self.decisions[0].means]
+        if late:
+            raise ConfigError(
+                f"variants: {', '.join(late)} came after halving decided at step {made[0]}; give the grid another name"
             )
 
     @property

@@ -1,10 +1,12 @@
 """Evaluations out of the metrics files of many runs, which may be long and still growing."""
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from launch._grid_state import METRICS
+from trainer.errors import ConfigError
 
 _MARK = b'"eval/loss"'
 
@@ -41,9 +43,19 @@ class Evaluations:
         return self.rows
 
     def at(self, step: int, key: str) -> float | None:
-        """A value of the evaluation at `step`, infinite if it is not finite there; None before that."""
+        """A value of the evaluation at `step`, infinite if it is not finite there; None before that.
+
+        Raises ConfigError if that evaluation has no such number.
+        """
         for row in self.read():
-            if row["step"] == step and key in row:
+            if row["step"] == step:
+                if not isinstance(row.get(key, ""), (int, float, type(None))):
+                    numbers = [name for name, value in row.items() if isinstance(value, float)]
+                    close = get_close_matches(key, numbers, n=1)
+                    raise ConfigError(
+                        f"halving.metric: {self._path} has no number {key} at step {step}"
+                        + (f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(numbers[:8])}")
+                    )
                 return float("inf") if row[key] is None else float(row[key])
         return None
 

@@ -166,11 +166,11 @@ class GridRunner:
             runs = [run for run in self._grid.runs if run.variant in self._halving.contenders()]
             values = {run.name: self._value(run) for run in runs}
             missing = [run for run in runs if values[run.name] is None and self._states[run.name].status != "failed"]
-            unmeasured = [run for run in missing if self._states[run.name].status == "done"]
-            if unmeasured:
-                raise ConfigError(
-                    f"halving.metric: {unmeasured[0].name} has no {self._halving.metric} at step {self._halving.rung}; "
-                    "name a key of its evaluations (metrics.jsonl)"
+            lost = [run for run in missing if self._states[run.name].status == "done"]
+            if lost:
+                raise CheckpointError(
+                    f"{lost[0].folder}: is done, but its metrics have no evaluation at step {self._halving.rung}; "
+                    "delete the folder to run it anew"
                 )
             if missing:
                 break

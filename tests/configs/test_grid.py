@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.grid import AxisConfig, GridConfig, expand, value_label
+from configs.grid import AxisConfig, GridConfig, value_label
+from configs.grid_expand import expand
 from configs.grid_loader import load_grid
 from moe.arithmetic import count_parameters
 from tests.harness import ROOT

@@ -23,6 +23,7 @@ from launch._grid_halving import decide
 from launch._grid_slots import make_slots
 from tests.harness import ROOT, command, environment, losses, rows, run, tiny_config
 from trainer.data.config import DataConfig
+from trainer.data.prepare import read_manifest
 from trainer.errors import ConfigError
 
 
@@ -63,11 +64,12 @@ def states(folder: Path) -> dict[str, Any]:
 SLOW = {"hooks.slow.hook": "tests.launch.grid_hooks:Slow", "hooks.slow.seconds": 0.2}
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need a core each")
 def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_config: DataConfig) -> None:
     dies = {"hook": "tests.launch.grid_hooks:DiesOnce", "marker": str(tmp_path / "marker"), "step": 3}
     path = write_grid(
         tmp_path, data_config,
-        overrides={**SLOW, "train.steps": 24},
+        overrides={**SLOW, "train.steps": 24, "data.path": str(tmp_path / "corpus")},
         variants={
             "plain": {},
             "dying": {"hooks.dies": dies},
@@ -85,6 +87,7 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_co
     output = first.communicate(timeout=120)[0]
     assert first.returncode == 75, output
     assert "dying_s4: ended with signal SIGKILL and is tried again" in output
+    assert read_manifest(tmp_path / "corpus") is not None, "text that was not there has been prepared"
     found = states(grid)
     assert [found[name]["status"] for name in ("plain_s4", "dying_s4", "refusing_s4")] == ["waiting"] * 3
     saved = max(int(folder.name[5:]) for folder in (plain / "checkpoints").glob("step-*"))
@@ -93,7 +96,9 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_co
 
     # kill -9: the runs are told by the system, save too, and are gone.
     second = begin(path, "--parallel", "2")
-    wait_until(lambda: steps_of(plain) > saved and bool(folder_holder(plain)))
+    wait_until(lambda: steps_of(plain) > saved and bool(folder_holder(plain)) and bool(folder_holder(dying)))
+    cores = [os.sched_getaffinity(int(folder_holder(folder).split()[1])) for folder in (plain, dying)]
+    assert cores[0].isdisjoint(cores[1])
     refused = run("launch.ablate", str(path))
     assert (refused.returncode, "is in use by process" in refused.stderr) == (3, True)
     second.kill()
