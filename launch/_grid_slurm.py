@@ -27,7 +27,7 @@ HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))  # tasks of an array share nodes
 
 code=0
-srun --kill-on-bad-exit=1 {python} -m launch.torchrun \\
+srun {python} -m launch.torchrun \\
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node={ranks_per_node} \\
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$HEAD_NODE:$PORT" \\
     -m launch.train "$RUN/config.yaml" || code=$?
