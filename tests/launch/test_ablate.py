@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from psutil import Process
 
 from configs.grid import HalvingConfig
 from launch import ablate
@@ -142,6 +143,26 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_co
     lines = done.stderr.splitlines()
     assert len(lines) == 2
     assert "plain_s4: has begun with other settings (optimizer.learning_rate: 0.003 -> 0.001)" in lines[0]
+
+
+@pytest.mark.slow
+def test_ranks_of_a_run_do_not_outlive_ablate(tmp_path: Path, data_config: DataConfig) -> None:
+    path = write_grid(tmp_path, data_config, overrides={**SLOW, "train.steps": 24}, variants={"two": {}}, ranks=2)
+    folder = tmp_path / "grid" / "two_s3"
+    first = begin(path)
+    wait_until(lambda: steps_of(folder) >= 3)
+    agent = Process(first.pid).children()[0]
+    workers = agent.children()
+    assert len(workers) == 2
+    first.kill()
+    first.communicate()
+    wait_until(lambda: not any(each.is_running() for each in [agent, *workers]), timeout=60)
+    saved = max(int(each.name[5:]) for each in (folder / "checkpoints").glob("step-*"))
+    assert saved >= 3
+    done = run("launch.ablate", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed from step {saved}" in (folder / "output.txt").read_text()
+    assert len(losses(folder)) == 24
 
 
 @pytest.mark.slow
