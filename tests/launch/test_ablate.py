@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from trainer.data.config import DataConfig
 from trainer.data.prepare import read_manifest
 from trainer.errors import ConfigError
 
+Begin = Callable[..., "subprocess.Popen[str]"]
+
 
 def write_grid(tmp_path: Path, data: DataConfig, **fields: Any) -> Path:
     base = tiny_config(tmp_path / "base", data)
@@ -35,11 +37,23 @@ def write_grid(tmp_path: Path, data: DataConfig, **fields: Any) -> Path:
     return path
 
 
-def begin(grid: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command("launch.ablate", str(grid), *arguments),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Starts ablate; what a failed test leaves running is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(grid: Path, *arguments: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            command("launch.ablate", str(grid), *arguments),
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
@@ -62,11 +76,16 @@ def states(folder: Path) -> dict[str, Any]:
     return found
 
 
+def attempts(folder: Path, name: str) -> int:
+    """How often a run was started, from outside and while the state may not be there yet."""
+    return int(states(folder)[name]["attempts"]) if (folder / "state.json").exists() else 0
+
+
 SLOW = {"hooks.slow.hook": "tests.launch.grid_hooks:Slow", "hooks.slow.seconds": 0.2}
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need a core each")
-def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_config: DataConfig) -> None:
+def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_config: DataConfig, begin: Begin) -> None:
     dies = {"hook": "tests.launch.grid_hooks:DiesOnce", "marker": str(tmp_path / "marker"), "step": 3}
     path = write_grid(
         tmp_path, data_config,
@@ -83,7 +102,7 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_co
 
     # SIGTERM: what runs saves, and waits. One of the two has been killed and started again by then.
     first = begin(path, "--parallel", "2")
-    wait_until(lambda: states(grid)["dying_s4"]["attempts"] == 2 and steps_of(dying) >= 1 if grid.exists() else False)
+    wait_until(lambda: attempts(grid, "dying_s4") == 2 and steps_of(dying) >= 1)
     first.send_signal(signal.SIGTERM)
     output = first.communicate(timeout=120)[0]
     assert first.returncode == 75, output
@@ -146,7 +165,7 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(tmp_path: Path, data_co
 
 
 @pytest.mark.slow
-def test_ranks_of_a_run_do_not_outlive_ablate(tmp_path: Path, data_config: DataConfig) -> None:
+def test_ranks_of_a_run_do_not_outlive_ablate(tmp_path: Path, data_config: DataConfig, begin: Begin) -> None:
     path = write_grid(tmp_path, data_config, overrides={**SLOW, "train.steps": 24}, variants={"two": {}}, ranks=2)
     folder = tmp_path / "grid" / "two_s3"
     first = begin(path)
