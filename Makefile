@@ -17,7 +17,7 @@ ARGS ?=
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow faults check static bench bench-peers lm-eval audit gpu clean
+.PHONY: help setup train ablation-demo test test-slow faults check static bench bench-peers lm-eval audit gpu clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -37,6 +37,10 @@ $(READY): constraints.txt pyproject.toml moe/cpu_experts.cpp
 train: $(READY) ## prepare the quickstart's text and train it (CONFIG=..., ARGS="key=value ...", RANKS=...)
 	$(BIN)/python -m launch.prepare $(CONFIG) $(ARGS)
 	$(BIN)/python -m launch.torchrun --standalone --nproc_per_node=$(RANKS) -m launch.train $(CONFIG) $(ARGS)
+
+ablation-demo: $(READY) ## 18 small runs, three ways to balance x two ways to weigh x three seeds, compared; goes on where it was stopped
+	$(BIN)/python -m launch.ablate configs/grids/ablation-demo.yaml $(ARGS)
+	$(BIN)/python -m launch.report runs/ablation-demo
 
 test: $(READY) ## run the tests (not the slow ones)
 	$(BIN)/python -m pytest

@@ -23,13 +23,20 @@ _MAX_BYTES = 1 << 20
 _OVERRIDE = "command line"
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> RunConfig:
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1, settings: Sequence[Leaf] = ()
+) -> RunConfig:
     """Read, merge and check a run configuration for `world_size` ranks; None is for looking at a run, on any number.
+
+    `settings` win over the file, `overrides` over both.
 
     Raises ConfigError with every problem found: syntax, unknown keys, wrong types, values that contradict each other.
     """
     leaves: list[Leaf] = []
-    for source, tree in [*_read_with_includes(Path(path), ()), *_parse_overrides(overrides)]:
+    for source, tree in _read_with_includes(Path(path), ()):
+        leaves += leaves_of(tree, source)
+    leaves += settings
+    for source, tree in parse_overrides(overrides):
         leaves += leaves_of(tree, source)
     config, problems = build_typed(RunConfig, leaves)
     if problems:
@@ -64,7 +71,7 @@ def _plain(value: Any) -> Any:
 def _read_with_includes(path: Path, stack: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.resolve() in stack:
         raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in stack)}")
-    tree = _read(path)
+    tree = read_tree(path)
     included = tree.pop("include", [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise ConfigError(f"{path}: include: must be a list of file names, not {included!r}")
@@ -73,14 +80,17 @@ def _read_with_includes(path: Path, stack: tuple[Path, ...]) -> Iterator[tuple[s
     yield str(path), tree
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path, *, kind: str = "config file", presets: Path = Path(__file__).parent) -> dict[str, Any]:
+    """The keys and values of one YAML file, as they stand there. `kind` and `presets` are for the message if it is
+    missing. Raises ConfigError."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: is larger than 1 MiB; this is not a configuration file")
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
-        raise ConfigError(f"{path}: no such config file; presets in configs/: {presets}") from None
+        names = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+        where = presets.relative_to(Path(__file__).parents[1])
+        raise ConfigError(f"{path}: no such {kind}; presets in {where}/: {names}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +103,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _parse_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def parse_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The tree that each `key=value` stands for, and where it came from. Raises ConfigError."""
     for item in overrides:
         if "=" not in item or item.startswith("-"):
             raise ConfigError(f"{_OVERRIDE}: '{item}' is not of the form key=value")

@@ -1,10 +1,7 @@
 """The folder of a run: who may write to it, what is logged there, and what is shown of it."""
 
-import fcntl
 import logging
 import logging.handlers
-import os
-import socket
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +13,7 @@ from rich.console import Console
 
 from configs.loader import to_dict, to_yaml
 from configs.schema import RunConfig
+from launch._folder_lock import lock_folder
 from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.hooks import StopReason
@@ -60,18 +58,10 @@ class RunFolder:
         """What keeps this job from the folder, or None. Only rank 0 looks."""
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._run_dir / ".lock").open("a+")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.seek(0)
-                return (
-                    "taken",
-                    f"run_dir: {self._run_dir} is in use by {self._lock.read().strip()}; stop it or set another name",
-                )
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._lock.flush()
+            lock = lock_folder(self._run_dir)
+            if isinstance(lock, str):
+                return ("taken", f"run_dir: {self._run_dir} is in use by {lock}; stop it or set another name")
+            self._lock = lock
             self._changes = self._changed_lines()
             (self._run_dir / "config.yaml").write_text(to_yaml(self._config))
         except OSError as error:

@@ -1,8 +1,8 @@
 """`make bench`: ratios of this machine, all from one run. Prints a table with targets and writes runs/bench.json.
 
-One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, loss_head.py, hooks.py, collectives.py,
-memory.py. How things are timed is in timing.py, targets are in report.py, what was learned on the way in NOTES.md.
-Commands of their own, for they take minutes: tests.bench.data, tests.bench.reweighting, tests.bench.growth, studies.
+One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, loss_head.py, hooks.py,
+collectives.py, memory.py. How things are timed is in timing.py, targets are in report.py, what was learned on the way
+in NOTES.md. Commands of their own, for they take minutes: tests.bench.data, .reweighting, .growth and the studies.
 """
 
 import logging
