@@ -45,6 +45,10 @@ class EngineConfig:
     """Type gradients accumulate in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
     expert_parallel_size: int = 1
     """Ranks that share one copy of the experts; consecutive ranks form a group."""
+    sequence_parallel_size: int = 1
+    """Ranks that share the tokens of a row (Ulysses); consecutive ranks form a group."""
+    offload_optimizer: bool = False
+    """Keep master weights and Adam's moments in the host's memory, and step there."""
     bucket_elements: int = 50_000_000
     """Gradient elements reduced, and parameter elements gathered, in one collective."""
     collective_timeout_s: float = 600.0
@@ -70,6 +74,10 @@ class EngineConfig:
                 f"expert_parallel_size: {self.expert_parallel_size} needs zero_stage 1 or 2; at 0 DeepSpeed clips "
                 "by a norm that differs between ranks, at 3 it has no expert groups"
             )
+        if self.sequence_parallel_size < 1:
+            found.append(f"sequence_parallel_size: {self.sequence_parallel_size} must be at least 1")
+        if self.offload_optimizer and self.zero_stage == 0:
+            found.append("offload_optimizer: DeepSpeed has no offload at zero_stage 0; use stage 1, 2 or 3")
         if self.bucket_elements < 1:
             found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
         if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
@@ -107,14 +115,24 @@ class EngineConfig:
             "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
             "data_types": {"grad_accum_dtype": self.accumulation_dtype},
             "zero_allow_untested_optimizer": True,
+            # torch's fused AdamW has a vectorised kernel for host tensors: the same numbers, and nothing to compile.
+            "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self.zero_stage,
                 "reduce_bucket_size": self.bucket_elements,
                 "allgather_bucket_size": self.bucket_elements,
+                **self._offload_table,
                 **self.zero_options,
             },
             "steps_per_print": None,
         }
+
+    @property
+    def _offload_table(self) -> dict[str, Any]:
+        if not self.offload_optimizer:
+            return {}
+        # Memory can be pinned only where there is a device to copy it to.
+        return {"offload_optimizer": {"device": "cpu", "pin_memory": ranks.device().type == "cuda"}}
 
     @property
     def keeps_graphs(self) -> bool:
