@@ -128,7 +128,8 @@ class _StepRun:
         self._splits = [SampleSplit.of(batch, owner._samples_per_row) for batch in batches]
         self._tokens = [split.tokens() for split in self._splits]
         self._step, self._applied_steps, self._recorder, self._stop = step, applied_steps, recorder, stop
-        self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size()
+        self._sharing = owner._engine.config.sequence_parallel_size  # ranks that got the same samples
+        self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size() // self._sharing
         self._factors_D = self._hooks.domain_factors()
         self._losses: list[Tensor] = []
         self._token_weights: list[Tensor] = []
@@ -242,7 +243,9 @@ class _StepRun:
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:
             values["token_weights"] = self._token_weights
-        return gather_step(self._batches, self._splits, self._tokens, values, stop=self._stop)
+        return gather_step(
+            self._batches, self._splits, self._tokens, values, stop=self._stop, sharing=self._sharing
+        )
 
     def _finish(
         self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None
@@ -318,7 +321,7 @@ class _StepRun:
 
     def _record_penalty(self, objective: Objective) -> None:
         if objective.penalty is not None:
-            self._recorder.record(self._engine.module.penalty_name, objective.penalty, "sum")  # type: ignore[arg-type]
+            self._recorder.record(self._engine.module.penalty_name, objective.penalty / self._sharing, "sum")  # type: ignore[arg-type]
 
 
 class _RandomState(NamedTuple):

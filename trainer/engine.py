@@ -56,6 +56,10 @@ class EngineConfig:
     zero_options: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's `zero_optimization` table, checked by DeepSpeed's own schema."""
 
+    def data_parallel(self, place: int) -> int:
+        """Of a rank or of a number of ranks: which, or how many, of those that get samples of their own."""
+        return place // self.sequence_parallel_size
+
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
         found = []
@@ -185,6 +189,8 @@ class Engine:
 
             del model._modules[_MARKER]  # its work is done, and its name must not get into checkpoints
             self.module.join_expert_group(groups._get_expert_parallel_group(f"ep_size_{config.expert_parallel_size}"))  # type: ignore[operator]
+        if config.sequence_parallel_size > 1:
+            self.module.join_sequence_group(_consecutive_ranks(config.sequence_parallel_size))  # type: ignore[operator]
         self._forget_first_step()
 
     @property
@@ -206,7 +212,8 @@ class Engine:
         `last`: the final backward of the optimizer step, after which gradients are reduced over ranks.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks, while our shares add up to the objective.
+        # DeepSpeed averages over ranks, while our shares add up to the objective: also those of a sequence group, whose
+        # ranks know the same objective but send its gradient through their own tokens only.
         self._engine.backward(objective * ranks.world_size(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float, gradient_scale: Tensor | None = None) -> EngineStep:
@@ -389,6 +396,13 @@ def _adam_state(adam: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
     return state
+
+
+def _consecutive_ranks(size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this one is in. A collective: every rank makes every group."""
+    firsts = range(0, dist.get_world_size(), size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
+    return groups[dist.get_rank() // size]
 
 
 def _expert_group_marker(size: int) -> nn.Module:
