@@ -26,9 +26,7 @@ from moe.sequence_parallel import Shards
 _WHOLE = Shards()
 
 
-def choice_shares(
-    indices_BTK: Tensor, counted_BT: Tensor, num_experts: int, shards: Shards = _WHOLE
-) -> Tensor:
+def choice_shares(indices_BTK: Tensor, counted_BT: Tensor, num_experts: int, shards: Shards = _WHOLE) -> Tensor:
     """Share of each sequence's choices that went to each expert, float32 [B, E]; rows sum to 1, or 0 without tokens."""
     batch = indices_BTK.shape[0]
     ones_BTK = counted_BT.float().unsqueeze(-1).expand_as(indices_BTK)
@@ -52,9 +50,7 @@ def sequence_loss(scores_BTE: Tensor, counted_BT: Tensor, top_k: int, shards: Sh
     return scores_BTE.shape[-1] * (shares_BE * mean_probabilities(scores_BTE, counted_BT, shards)).sum(dim=1)
 
 
-def switch_loss(
-    scores_BTE: Tensor, indices_BTK: Tensor, counted_BT: Tensor, shards: Shards = _WHOLE
-) -> Tensor:
+def switch_loss(scores_BTE: Tensor, indices_BTK: Tensor, counted_BT: Tensor, shards: Shards = _WHOLE) -> Tensor:
     """E sum_i f_i P_i of the micro-batch, as the same value for each of its sequences, [B].
 
     The only one of these that depends on how the global batch is cut: that is its definition.

@@ -243,9 +243,7 @@ class _StepRun:
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:
             values["token_weights"] = self._token_weights
-        return gather_step(
-            self._batches, self._splits, self._tokens, values, stop=self._stop, sharing=self._sharing
-        )
+        return gather_step(self._batches, self._splits, self._tokens, values, stop=self._stop, sharing=self._sharing)
 
     def _finish(
         self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None

@@ -117,7 +117,7 @@ def references(base: Path) -> dict[str, Reference]:
     for method, overrides in METHODS.items():
         config = load_run_config(base, overrides)
         corpus = open_corpus(config)
-        reference_losses, model = train_reference(config, corpus)
+        reference_losses, model, _ = train_reference(config, corpus)
         found[method] = (reference_losses, [layer.router.expert_bias_E for layer in model.moe_layers()])
     return found
 

@@ -64,7 +64,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -
         lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= 6]
         (cut / "metrics.jsonl").write_text("".join(kept) + lines[-1][:50])  # the kill came while a line was written
-    run_trainings([(config, [*o, f"run_dir={folder / f'{name} cut'}"]) for name, o in LAYOUTS.items()], ranks=2)
+    run_trainings([(config, [*o, f"run_dir={folder / f'{name} cut'}"]) for name, o in LAYOUTS.items()], ranks=2, new_process=True)
     return folder
 
 

@@ -129,7 +129,7 @@ def reference_of(base: Path) -> Callable[[str], tuple[list[float], Weights]]:
     def reference(method: str) -> tuple[list[float], Weights]:
         if method not in found:
             config = load_run_config(base, METHODS[method])
-            reference_losses, model = train_reference(config, open_corpus(config))
+            reference_losses, model, _ = train_reference(config, open_corpus(config))
             found[method] = reference_losses, model.state_dict()
         return found[method]
 
@@ -219,7 +219,7 @@ def test_masked_rows_and_unequal_lengths(
     SEAMS[seam]()
     for i, method in enumerate(("linupper", "quadratic by samples")):
         config = load_run_config(base, [*METHODS[method], "train.steps=5"])
-        reference_losses, model = train_reference(config, open_corpus(config))
+        reference_losses, model, _ = train_reference(config, open_corpus(config))
         check(tmp_path / str(i), (reference_losses, model.state_dict()))
 
 
@@ -262,7 +262,7 @@ def test_running_statistics_are_exact_when_frozen_and_survive_a_restart(base: Pa
         for file in sorted(step.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         step.rmdir()
-    run_trainings([plan[2]], ranks=2)
+    run_trainings([plan[2]], ranks=2, new_process=True)
     assert deterministic(tmp_path / "resumed") == deterministic(tmp_path / "frozen")
 
 
