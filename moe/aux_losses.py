@@ -12,8 +12,8 @@ normalised score: 1 when perfectly balanced. They differ in the set of tokens f 
 Every function returns one value (or row) a sequence, to be averaged over the global batch: so neither the number of
 ranks nor of micro-batches scales a gradient. f of `sequence` is counted from the unbiased scores, as DeepSeek-V3 does.
 
-Where the tokens of a row are spread over ranks (`shards`), f and all numbers of tokens are of the whole row, and the value
-is this rank's part of it: a sum over its own tokens.
+Where the tokens of a row are spread over ranks (`shards`), f and all numbers of tokens are of the whole row, and the
+value is this rank's part of it: a sum over its own tokens.
 
 Shape letters: B sequences of the micro-batch, T positions, E experts, K experts a token uses.
 """

@@ -27,7 +27,7 @@ class LayerReport(NamedTuple):
 
     stats: RoutingStats
     penalty_B: Tensor | None
-    """Auxiliary losses that are known at once, weighted, for each sample; of rows spread over ranks, this rank's part."""
+    """Auxiliary losses that are known at once, weighted, for each sample; of spread rows, this rank's part."""
     probabilities_BE: Tensor | None
     """Mean normalised score of each expert, for the loss over the global batch."""
 

@@ -76,7 +76,9 @@ class MoEDecoder(nn.Module):
     def forward(
         self, tokens_BT: Tensor, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, T, V], of own tokens if rows are spread over ranks; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100.
+        """Logits [B, T, V]; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100.
+
+        Where rows are spread over ranks all of this is of whole rows but the logits, which are of own tokens.
 
         `documents_BT`: number of the document each token belongs to, -1 for padding. With `document_mask` attention and
         positions stay inside a document; without documents a row is one.
@@ -208,7 +210,7 @@ class MoEDecoder(nn.Module):
     ) -> tuple[Tensor, LayerReport]:
         """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report.
 
-        Labels and targets are of whole rows; of rows spread over ranks the mean is this rank's part, a sum over own tokens.
+        Labels and targets are of whole rows; of spread rows the mean is this rank's part, a sum over own tokens.
         """
         assert self.next_token is not None
         next_BTD = self.embedding(self.shards.own(labels_BT).clamp(min=0))

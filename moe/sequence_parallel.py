@@ -1,13 +1,13 @@
 """The tokens of a row spread over ranks (Ulysses, Jacobs et al. 2023, arXiv 2309.14509), for rows too long for one.
 
-Consecutive ranks form a group of S. Each is given the whole row and keeps its own T/S tokens of it; all that works token by
-token (norms, projections, experts, head) sees only those. Attention needs whole rows: an all-to-all gives each rank all
-tokens of A/S heads, and another one brings the mixed values back to their tokens.
+Consecutive ranks form a group of S. Each is given the whole row and keeps its own T/S tokens; all that works token
+by token (norms, projections, experts, head) sees only those. Attention needs whole rows: an all-to-all gives each rank
+all tokens of A/S heads, and another one brings the mixed values back to their tokens.
 
-What leaves the model is of whole rows again: token losses are gathered, sums over a row's tokens are added up, and every
-rank of the group returns the same. So the loop, the hooks and the objective know nothing of shares, but that S ranks
-train on one row. Their backwards are one: a gathered loss passes its gradient on to its own rank's tokens alone, so the
-gradients of a group's ranks are shares that add up, as those of data-parallel ranks do.
+What leaves the model is of whole rows again: token losses are gathered, sums over a row's tokens are added up, and
+every rank of the group returns the same. So the loop, the hooks and the objective know nothing of shares, but that S
+ranks train on one row. A gathered loss passes its gradient on to its own rank's tokens alone, so the gradients of a
+group's ranks are shares that add up, as those of data-parallel ranks do.
 
 `Shards()` is a group of one, in which every method is the identity.
 
@@ -48,7 +48,7 @@ class Shards:
         return whole
 
     def to_heads(self, own_BHtd: Tensor) -> Tensor:
-        """All tokens of this rank's heads, [B, h, T, d]. Fewer heads than ranks are repeated: neighbours get the same."""
+        """All tokens of this rank's heads, [B, h, T, d]; of fewer heads than ranks, neighbours get the same."""
         if self.size == 1:
             return own_BHtd
         if own_BHtd.shape[1] < self.size:

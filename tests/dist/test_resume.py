@@ -32,6 +32,17 @@ LAYOUTS = {
     ]
     for precision in ("fp32", "bf16")
     for stage in (1, 2)
+} | {
+    "fp32 ZeRO 1 offload, SP 2": [
+        "engine={zero_stage: 1, offload_optimizer: true, sequence_parallel_size: 2}", "model.dropout=0.1",
+    ],
+    "bf16 ZeRO 2 EP 2 offload": [
+        "engine={precision: bf16, zero_stage: 2, offload_optimizer: true, expert_parallel_size: 2}", "model.dropout=0.1",
+    ],
+    "bf16 ZeRO 3 offload, SP 2": [
+        "engine={precision: bf16, zero_stage: 3, offload_optimizer: true, sequence_parallel_size: 2}", "model.dropout=0.1",
+        "engine.zero_options={stage3_param_persistence_threshold: 0}",
+    ],
 }  # fmt: skip
 
 
