@@ -112,7 +112,8 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
         "all", *("refused" if isinstance(s, str) else _gib(sum(s.values()) + activations) for s in stages.values())
     )
     refused = [f"{name}: {state}" for name, state in stages.items() if isinstance(state, str)]
-    table.caption = "\n".join(["* as configured", *refused])
+    offloaded = ["master weights and Adam moments lie in the host's memory"] * config.engine.offload_optimizer
+    table.caption = "\n".join(["* as configured", *offloaded, *refused])
     return table
 
 
