@@ -55,7 +55,7 @@ class RunConfig:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
         sharing = self._sequence_problems(world_size)
         found += sharing
-        if world_size is not None and not sharing:
+        if world_size is not None and not sharing and self.engine.sequence_parallel_size > 0:
             found += [f"train.{line}" for line in self.train.batch_problems(self.engine.data_parallel(world_size))]
         if not found:
             batch = {"steps": self.train.steps, "global_batch_size": self.train.global_batch_size}
