@@ -227,6 +227,8 @@ class Engine:
             with self._scaled_gradients(gradient_scale):
                 self._engine.step()
             applied = self._engine.was_step_applied()
+            if not applied and self.config.offload_optimizer:
+                self._forget_offloaded_gradients()
             grad_norm = self._engine.get_global_grad_norm()
             if gradient_scale is not None and applied and not self._norm_is_unscaled:
                 grad_norm = grad_norm * gradient_scale
@@ -265,6 +267,15 @@ class Engine:
             yield
         finally:
             owner.cur_scale = before
+
+    def _forget_offloaded_gradients(self) -> None:
+        """Clear what DeepSpeed 0.19 leaves behind when it skips a step with offload at stages 1 and 2.
+
+        The float32 buffer that bf16 gradients are added up in keeps its NaN, and every later step would be skipped too.
+        """
+        leftover: dict[int, Any] = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in leftover:
+            leftover[group] = None
 
     @property
     def _norm_is_unscaled(self) -> bool:

@@ -37,7 +37,8 @@ def gather_step(
 ) -> GlobalBatch:
     """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
 
-    `sharing`: consecutive ranks that have the same samples, each of which counts once.
+    `sharing`: consecutive ranks that have the same samples, each of which counts once; what is not finite on one of
+    them is not finite.
     float64 holds ids up to 2^53 exactly, so one tensor and one collective carry all.
     """
     ids_S = torch.cat([split.spread(batch.sample_ids_b) for batch, split in zip(batches, splits, strict=True)])
@@ -50,6 +51,9 @@ def gather_step(
     rows_WSC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1))
     stop_anywhere = rows_WSC[:, 0, 4].any()
     rows_BC = rows_WSC[::sharing].flatten(0, 1)
+    if sharing > 1:
+        is_finite_BC = rows_WSC.isfinite().unflatten(0, (-1, sharing)).all(dim=1).flatten(0, 1)
+        rows_BC = torch.where(is_finite_BC, rows_BC, torch.nan)
     rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
     ids_B, parts_B, domains_B, tokens_B, _, digests_B, *rest = rows_BC.unbind(dim=1)
     return GlobalBatch(
