@@ -120,23 +120,20 @@ HEADER = """| layout | fp32: loss | weights | gradient norm | bf16: loss | weigh
 |---|---|---|---|---|---|---|"""
 
 
-def table(found: dict[Layout, dict[str, Difference]], config: Path) -> str:
-    """The table of the page: a row for every layout."""
-    lines = [HEADER]
+def write_page(found: dict[Layout, dict[str, Difference]], config: Path) -> None:
+    """Put the table into the page: a row for every layout, those that were not measured as they were."""
+    lines, known = [HEADER], read_page()
     for layout in LAYOUTS:
         refusal = layout.refusal(config)
-        cells = [f"refused: {refusal}", *[""] * 5]
-        if not refusal:
+        cells = known.get(layout.name, ["not measured", *[""] * 5])
+        if refusal:
+            cells = [f"refused: {refusal}", *[""] * 5]
+        elif layout in found:
             cells = [f"{value:.0e}" for precision in ("fp32", "bf16") for value in found[layout][precision]]
         lines.append("| " + " | ".join([layout.name, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def write_page(found: dict[Layout, dict[str, Difference]], config: Path) -> None:
-    """Put the table into the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found, config)}\n\n{END}{after}")
+    table, after = "\n".join(lines), rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
 def read_page() -> dict[str, list[str]]:

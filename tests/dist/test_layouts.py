@@ -1,6 +1,7 @@
 """Every layout trains the same model: the matrix of trainer/LAYOUTS.md, and a part of it on two ranks by default."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,12 @@ def test_two_ranks_train_the_model_of_one_process(name: str, few: Path, referenc
 
 
 @pytest.fixture(scope="module")
-def measured(config: Path) -> dict[Layout, dict[str, Difference]]:
-    return {}
+def measured(config: Path) -> Iterator[dict[Layout, dict[str, Difference]]]:
+    """What the tests of the matrix find, for the page; `make layouts` wants it written."""
+    found: dict[Layout, dict[str, Difference]] = {}
+    yield found
+    if os.environ.get("WRITE_LAYOUTS"):
+        write_page(found, config)
 
 
 @pytest.mark.slow
@@ -103,14 +108,6 @@ def test_layout(
         found = check(folder, precision, reference)
         known = measured.setdefault(layout, {})
         known[precision] = found.most(known.get(precision, found))
-
-
-@pytest.mark.slow
-def test_the_page_is_written_where_asked_for(config: Path, measured: dict[Layout, dict[str, Difference]]) -> None:
-    """`make layouts`; the last test of the matrix."""
-    if not os.environ.get("WRITE_LAYOUTS"):
-        pytest.skip("only make layouts writes trainer/LAYOUTS.md")
-    write_page(measured, config)
 
 
 def test_the_page_has_every_layout_and_the_words_of_the_config(config: Path) -> None:
