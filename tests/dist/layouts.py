@@ -120,16 +120,16 @@ HEADER = """| layout | fp32: loss | weights | gradient norm | bf16: loss | weigh
 |---|---|---|---|---|---|---|"""
 
 
-def write_page(found: dict[Layout, dict[str, Difference]], config: Path) -> None:
-    """Put the table into the page: a row for every layout, those that were not measured as they were."""
+def write_page(measured: Layout, found: dict[str, Difference], config: Path) -> None:
+    """Put a layout's largest differences, by precision, into the page's table; the other rows stay as they are."""
     lines, known = [HEADER], read_page()
     for layout in LAYOUTS:
         refusal = layout.refusal(config)
         cells = known.get(layout.name, ["not measured", *[""] * 5])
         if refusal:
             cells = [f"refused: {refusal}", *[""] * 5]
-        elif layout in found:
-            cells = [f"{value:.0e}" for precision in ("fp32", "bf16") for value in found[layout][precision]]
+        elif layout == measured:
+            cells = [f"{value:.0e}" for precision in ("fp32", "bf16") for value in found[precision]]
         lines.append("| " + " | ".join([layout.name, *cells]) + " |")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     table, after = "\n".join(lines), rest.partition(END)[2]
