@@ -48,6 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) ->
     return tiny_config(
         tmp_path_factory.mktemp("layouts"), data_config,
         train={"steps": 10}, checkpoint={"every": 0}, evaluation={"every": 0, "max_rows": 1},
+        hooks={"expert_bias": {"rule": "sign", "rate": 0.01, "gap_tokens": 0}},
     )  # fmt: skip
 
 
