@@ -17,7 +17,7 @@ ARGS ?=
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train ablation-demo test test-slow faults check static bench bench-peers lm-eval audit gpu clean
+.PHONY: help setup train ablation-demo test test-slow layouts faults check static bench bench-peers lm-eval audit gpu clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -47,6 +47,9 @@ test: $(READY) ## run the tests (not the slow ones)
 
 test-slow: $(READY) ## run the long matrices
 	$(BIN)/python -m pytest -m slow
+
+layouts: $(READY) ## train every layout on four ranks, and write the table of trainer/LAYOUTS.md
+	WRITE_LAYOUTS=1 $(BIN)/python -m pytest -m slow tests/dist/test_layouts.py
 
 faults: $(READY) ## break runs in every way of the fault grid; one line a row
 	$(BIN)/python -m pytest -q -p tests.faults.table -m fault tests/faults tests/dist tests/launch tests/data

@@ -55,8 +55,10 @@ class RunConfig:
             found.append(f"name: '{self.name}' is not a folder name; use letters, digits, - and _")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
-        if world_size is not None:
-            found += [f"train.{line}" for line in self.train.batch_problems(world_size)]
+        sharing = self._sequence_problems(world_size)
+        found += sharing
+        if world_size is not None and not sharing and self.engine.sequence_parallel_size > 0:
+            found += [f"train.{line}" for line in self.train.batch_problems(self.engine.data_parallel(world_size))]
         if not found:
             batch = {"steps": self.train.steps, "global_batch_size": self.train.global_batch_size}
             found += [f"data.{line}" for line in self.data.phase_problems(**batch)]
@@ -92,3 +94,24 @@ class RunConfig:
             )
         found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
         return found
+
+    def _sequence_problems(self, world_size: int | None) -> list[str]:
+        """Why rows cannot be spread over engine.sequence_parallel_size ranks; empty if they can, or are not."""
+        size, model = self.engine.sequence_parallel_size, self.model
+        if size <= 1:
+            return []
+        found = []
+        if world_size is not None and world_size % size:
+            found.append(f"{size} does not divide the number of ranks ({world_size})")
+        if self.train.sequence_length % size:
+            found.append(f"{size} does not divide train.sequence_length ({self.train.sequence_length})")
+        if model.num_heads % size:
+            found.append(f"{size} does not divide model.num_heads ({model.num_heads}); attention is cut by heads")
+        elif model.num_kv_heads % size and size % model.num_kv_heads:
+            found.append(f"{size} neither divides nor is a multiple of model.num_kv_heads ({model.num_kv_heads})")
+        if model.capacity_factor:
+            found.append(
+                f"{size} with model.capacity_factor ({model.capacity_factor}): an expert's capacity is that of a "
+                "micro-batch, of which no rank would see all tokens; set one of them to its default"
+            )
+        return [f"engine.sequence_parallel_size: {line}" for line in found]

@@ -104,12 +104,12 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
         )
     for name in stages:
         table.add_column(name + (" *" if name.endswith(str(config.engine.zero_stage)) else ""), justify="right")
-    graphs = config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    graphs = config.train.global_batch_size // (config.train.micro_batch_size * config.engine.data_parallel(world_size))
     kept = graphs if _mode(config) == "deferred" else 1
     activations = activation_bytes(
         config.model,
         vocab_size,
-        tokens=config.train.micro_batch_size * config.train.sequence_length,
+        tokens=config.train.micro_batch_size * config.train.sequence_length // config.engine.sequence_parallel_size,
         element_bytes=2 if config.engine.precision == "bf16" else 4,
         kept_graphs=kept,
     )
@@ -123,7 +123,8 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
         "all", *("refused" if isinstance(s, str) else _gib(sum(s.values()) + activations) for s in stages.values())
     )
     refused = [f"{name}: {state}" for name, state in stages.items() if isinstance(state, str)]
-    table.caption = "\n".join(["* as configured", *refused])
+    offloaded = ["master weights and Adam moments lie in the host's memory"] * config.engine.offload_optimizer
+    table.caption = "\n".join(["* as configured", *offloaded, *refused])
     return table
 
 
@@ -134,8 +135,10 @@ def _batch(config: RunConfig, vocab_size: int, world_size: int) -> Table:
     table = Table(title="batch")
     table.add_column("quantity")
     table.add_column("value", justify="right")
-    accumulation = train.global_batch_size // (train.micro_batch_size * world_size)
-    layout = f"{train.micro_batch_size} x {world_size} ranks x {accumulation} micro-batches"
+    shared, dealt = config.engine.sequence_parallel_size, config.engine.data_parallel(world_size)
+    accumulation = train.global_batch_size // (train.micro_batch_size * dealt)
+    ranks = f"{dealt} ranks" if shared == 1 else f"{dealt} groups of {shared} ranks"
+    layout = f"{train.micro_batch_size} x {ranks} x {accumulation} micro-batches"
     table.add_row("samples a step", f"{train.global_batch_size:,} = {layout}")
     table.add_row("accumulation", _mode(config))
     table.add_row("tokens a step", f"{tokens:,}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.documents import Layout, attend
+from moe.documents import Layout, attend_whole_rows
 from moe.layers import RMSNorm, rotate
 
 _LATENT_EPS = 1e-6  # DeepSeek's code fixes it for the latents, whatever the model's norm_eps
@@ -44,11 +44,11 @@ class GroupedQueryAttention(nn.Module):
         query_BATd = self.query_norm(split(self.query(x_BTD), self._heads)).transpose(1, 2)
         key_BGTd = self.key_norm(split(self.key(x_BTD), self._kv_heads)).transpose(1, 2)
         value_BGTd = split(self.value(x_BTD), self._kv_heads).transpose(1, 2)
-        mixed_BATd = attend(
+        mixed_BATd = attend_whole_rows(
             rotate(query_BATd, layout.cos, layout.sin),
             rotate(key_BGTd, layout.cos, layout.sin),
             value_BGTd,
-            layout.mask,
+            layout,
         )
         mixed: Tensor = self.output(mixed_BATd.transpose(1, 2).reshape(batch, length, -1))
         return mixed
@@ -91,11 +91,11 @@ class LatentAttention(nn.Module):
         expanded_BATe = self.kv_expand(self.kv_norm(latent_BTC)).view(batch, length, self._heads, -1).transpose(1, 2)
         key_BATn, value_BATv = expanded_BATe.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=-1)
         key_BATr = rotate(key_BTr.unsqueeze(1), layout.cos, layout.sin).expand(-1, self._heads, -1, -1)
-        mixed_BATv = attend(
+        mixed_BATv = attend_whole_rows(
             torch.cat([query_BATn, rotate(query_BATr, layout.cos, layout.sin)], dim=-1),
             torch.cat([key_BATn, key_BATr], dim=-1),
             value_BATv,
-            layout.mask,
+            layout,
         )
         mixed: Tensor = self.output(mixed_BATv.transpose(1, 2).reshape(batch, length, -1))
         return mixed

@@ -19,6 +19,7 @@ from moe.documents import Layout
 from moe.experts import Experts
 from moe.layers import FeedForward, RMSNorm
 from moe.router import Router, Routing, RoutingStats, count_by_sample
+from moe.sequence_parallel import Shards
 
 
 class LayerReport(NamedTuple):
@@ -26,7 +27,7 @@ class LayerReport(NamedTuple):
 
     stats: RoutingStats
     penalty_B: Tensor | None
-    """Auxiliary losses that are known at once, weighted, for each sample."""
+    """Auxiliary losses that are known at once, weighted, for each sample; of spread rows, this rank's part."""
     probabilities_BE: Tensor | None
     """Mean normalised score of each expert, for the loss over the global batch."""
 
@@ -57,8 +58,10 @@ class MoELayer(nn.Module):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x_BTD: Tensor, counted_BT: Tensor, samples: Samples | None = None) -> tuple[Tensor, LayerReport]:
-        """Output [B, T, D] and what the layer observed."""
+    def forward(
+        self, x_BTD: Tensor, counted_BT: Tensor, samples: Samples | None = None, shards: Shards | None = None
+    ) -> tuple[Tensor, LayerReport]:
+        """Output [B, T, D] and what the layer observed, of this rank's tokens if `shards` spread rows over ranks."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND, counted_BT.flatten())
         if samples is not None:
@@ -67,9 +70,9 @@ class MoELayer(nn.Module):
         y_ND = self.experts(x_ND, routing.indices_NK, routing.gates_NK)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), self._report(routing, counted_BT)
+        return y_ND.view_as(x_BTD), self._report(routing, counted_BT, shards or Shards())
 
-    def _report(self, routing: Routing, counted_BT: Tensor) -> LayerReport:
+    def _report(self, routing: Routing, counted_BT: Tensor, shards: Shards) -> LayerReport:
         aux = self._aux
         if not (self.training and aux.any):
             return LayerReport(routing.stats, None, None)
@@ -79,14 +82,13 @@ class MoELayer(nn.Module):
         )
         penalty_B = scores_BTE.new_zeros(counted_BT.shape[0])
         if aux.switch:
-            penalty_B = penalty_B + aux.switch * switch_loss(scores_BTE, indices_BTK, counted_BT)
+            penalty_B = penalty_B + aux.switch * switch_loss(scores_BTE, indices_BTK, counted_BT, shards)
         if aux.sequence:
-            penalty_B = penalty_B + aux.sequence * sequence_loss(scores_BTE, counted_BT, self.top_k)
+            penalty_B = penalty_B + aux.sequence * sequence_loss(scores_BTE, counted_BT, self.top_k, shards)
         if aux.z:
-            penalty_B = penalty_B + aux.z * z_loss(logits_BTE, counted_BT)
-        return LayerReport(
-            routing.stats, penalty_B, mean_probabilities(scores_BTE, counted_BT) if aux.global_batch else None
-        )
+            penalty_B = penalty_B + aux.z * z_loss(logits_BTE, counted_BT, shards)
+        probabilities_BE = mean_probabilities(scores_BTE, counted_BT, shards) if aux.global_batch else None
+        return LayerReport(routing.stats, penalty_B, probabilities_BE)
 
 
 class Block(nn.Module):
@@ -114,7 +116,7 @@ class Block(nn.Module):
         normed_BTD = self.mlp_norm(x_BTD)
         report = None
         if isinstance(self.mlp, MoELayer):
-            out_BTD, report = self.mlp(normed_BTD, counted_BT, samples)
+            out_BTD, report = self.mlp(normed_BTD, counted_BT, samples, layout.shards)
         else:
             out_BTD = self.mlp(normed_BTD)
         return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report

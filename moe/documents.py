@@ -18,25 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from moe.sequence_parallel import Shards
+
 AttentionMask = Tensor | BlockMask | None
 """Which earlier tokens a token sees: bool [B, 1, T, T], blocks, or None for all of them."""
 
 
 class Layout(NamedTuple):
-    """What attention must know about the places of tokens."""
+    """What attention must know about the places of tokens. With rows spread over ranks the angles are of own tokens."""
 
     cos: Tensor  # [T, h], or [B, 1, T, h] where positions differ between samples
     sin: Tensor
-    mask: AttentionMask
+    mask: AttentionMask  # of whole rows
+    shards: Shards = Shards()
 
 
-def document_layout(cos_Th: Tensor, sin_Th: Tensor, documents_BT: Tensor | None) -> Layout:
+def document_layout(
+    cos_Th: Tensor, sin_Th: Tensor, documents_BT: Tensor | None, shards: Shards | None = None
+) -> Layout:
     """The layout of rows whose documents must not see each other; with None a row is one document."""
+    shards = shards or Shards()
     if documents_BT is None:
-        return Layout(cos_Th, sin_Th, None)
-    positions_BT = positions_in_documents(documents_BT)
+        return Layout(shards.own(cos_Th, dim=0), shards.own(sin_Th, dim=0), None, shards)
+    positions_BT = shards.own(positions_in_documents(documents_BT))
     mask = block_mask(documents_BT) if documents_BT.is_cuda else dense_mask(documents_BT)
-    return Layout(cos_Th[positions_BT].unsqueeze(1), sin_Th[positions_BT].unsqueeze(1), mask)
+    return Layout(cos_Th[positions_BT].unsqueeze(1), sin_Th[positions_BT].unsqueeze(1), mask, shards)
 
 
 def positions_in_documents(documents_BT: Tensor) -> Tensor:
@@ -61,6 +67,13 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
 
     batch, length = documents_BT.shape
     return create_block_mask(within, batch, None, length, length, device=documents_BT.device)
+
+
+def attend_whole_rows(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, layout: Layout) -> Tensor:
+    """`attend` for this rank's tokens, which see those of their row on other ranks, [B, A, T, v]."""
+    shards = layout.shards
+    by_heads = (shards.to_heads(tensor) for tensor in (query_BATd, key_BGTd, value_BGTv))
+    return shards.to_tokens(attend(*by_heads, layout.mask))
 
 
 def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, mask: AttentionMask) -> Tensor:

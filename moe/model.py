@@ -9,6 +9,8 @@ Decisions:
   like any other but not counted.
 - Auxiliary losses leave the model as a linear form, features of each sample and coefficients that may depend on the
   loads of the whole step: so a loss over the global batch is exact although no micro-batch ever sees that batch.
+- Rows may be spread over ranks (moe/sequence_parallel.py). Whole rows go in and whole rows of losses come out; between
+  them B x T stands for this rank's share.
 
 Shape letters: B samples, T sequence, N tokens (B*T), D model width, E experts, K experts a token uses, L MoE layers,
 V vocabulary, X features of the auxiliary losses, Y statistics they need of the whole step.
@@ -29,6 +31,7 @@ from moe.documents import Layout, document_layout
 from moe.layers import RMSNorm, rotary_table
 from moe.loss_head import IGNORED_LABEL, OutputHead
 from moe.router import THRESHOLD_BINS, RoutingStats
+from moe.sequence_parallel import Shards
 
 CountKind = Literal["train", "eval"]
 
@@ -58,6 +61,7 @@ class MoEDecoder(nn.Module):
             self.head.weight = self.embedding.weight
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
         self._samples_per_row = 0
+        self.shards = Shards()
         self._initialize(expert_parallel_size, expert_parallel_rank)
 
     penalty_name = "moe/aux_loss"
@@ -73,20 +77,24 @@ class MoEDecoder(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits [B, T, V]; with labels, the cross-entropy of each token, float32 [B, T], 0 where the label is -100.
 
+        Where rows are spread over ranks all of this is of whole rows but the logits, which are of own tokens.
+
         `documents_BT`: number of the document each token belongs to, -1 for padding. With `document_mask` attention and
         positions stay inside a document; without documents a row is one.
         In training with auxiliary losses: also their features [B, X] and statistics [Y]. The term to add to the loss is
         the mean over the global batch of features @ penalty_coefficients(statistics summed over the step).
         """
+        own = self.shards.own
         layout, counted_BT = self._layout(tokens_BT, labels_BT, documents_BT)
         samples = self._samples(counted_BT, documents_BT) if self.training and self._samples_per_row else None
-        x_BTD, reports = self._hidden(tokens_BT, layout, counted_BT, samples)
+        counted_BT = own(counted_BT)
+        x_BTD, reports = self._hidden(own(tokens_BT), layout, counted_BT, samples)
         hidden_BTD = self.final_norm(x_BTD)
         if labels_BT is None:
             self._add_stats([report.stats for report in reports])
             logits_BTV: Tensor = self.head(hidden_BTD)
             return logits_BTV
-        losses_BT: Tensor = self.head(hidden_BTD, labels_BT)
+        losses_BT = self.shards.gather(self.head(hidden_BTD, own(labels_BT)))
         penalties = []
         if self.next_token is not None and self.training:
             targets_BT = self._targets_after_next(labels_BT, documents_BT)
@@ -99,7 +107,8 @@ class MoEDecoder(nn.Module):
             return losses_BT
         features = [torch.stack(penalties).sum(0).unsqueeze(1)]
         features += [report.probabilities_BE for report in reports if report.probabilities_BE is not None]
-        return losses_BT, torch.cat(features, dim=1), torch.cat([report.stats.counts_E for report in reports])
+        features_BX = self.shards.sum(torch.cat(features, dim=1))
+        return losses_BT, features_BX, torch.cat([report.stats.counts_E for report in reports])
 
     def penalty_coefficients(self, statistics_Y: Tensor | None) -> Tensor:
         """Coefficients of the auxiliary losses' features, float32 [X].
@@ -125,6 +134,10 @@ class MoEDecoder(nn.Module):
         for layer in self.moe_layers():
             layer.experts.group = group
 
+    def join_sequence_group(self, group: dist.ProcessGroup) -> None:
+        """From now on share every row with the ranks of `group`: all must be given the same rows, in the same order."""
+        self.shards = Shards(group)
+
     def count_by_sample(self, samples_per_row: int) -> None:
         """From now on count training loads of each sample too: a row, or each of a row's documents in their order."""
         self._samples_per_row = samples_per_row
@@ -144,10 +157,10 @@ class MoEDecoder(nn.Module):
     def _layout(
         self, tokens_BT: Tensor, labels_BT: Tensor | None, documents_BT: Tensor | None
     ) -> tuple[Layout, Tensor]:
-        """Places of the tokens, and which of them are counted, bool [B, T]."""
+        """Places of the tokens, and which tokens of whole rows are counted, bool [B, T]."""
         config = self.config
         cos_Th, sin_Th = rotary_table(tokens_BT.shape[1], config.rotary_size, config.rope_theta, tokens_BT.device)
-        layout = document_layout(cos_Th, sin_Th, documents_BT if config.document_mask else None)
+        layout = document_layout(cos_Th, sin_Th, documents_BT if config.document_mask else None, self.shards)
         return layout, torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
 
     def _samples(self, counted_BT: Tensor, documents_BT: Tensor | None) -> Samples:
@@ -158,7 +171,8 @@ class MoEDecoder(nn.Module):
             assert documents_BT is not None
             is_new_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
             of_token_BT = of_token_BT + is_new_BT.long().cumsum(1).clamp(max=per_row - 1)
-        return Samples(of_token_BT.expand_as(counted_BT).where(counted_BT, -1).flatten(), batch * per_row)
+        of_token_BT = self.shards.own(of_token_BT.expand_as(counted_BT).where(counted_BT, -1))
+        return Samples(of_token_BT.flatten(), batch * per_row)
 
     def _hidden(
         self, tokens_BT: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None = None
@@ -193,9 +207,12 @@ class MoEDecoder(nn.Module):
         counted_BT: Tensor,
         samples: Samples | None = None,
     ) -> tuple[Tensor, LayerReport]:
-        """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report."""
+        """Mean loss of each sample in predicting the token after the next, [B], and the MoE layer's report.
+
+        Labels and targets are of whole rows; of spread rows the mean is this rank's part, a sum over own tokens.
+        """
         assert self.next_token is not None
-        next_BTD = self.embedding(labels_BT.clamp(min=0))
+        next_BTD = self.embedding(self.shards.own(labels_BT).clamp(min=0))
         if self.config.activation_recompute == "block" and torch.is_grad_enabled():
             hidden_BTD, report = checkpoint(
                 self.next_token, x_BTD, next_BTD, layout, counted_BT, samples, use_reentrant=False
@@ -203,7 +220,7 @@ class MoEDecoder(nn.Module):
         else:
             hidden_BTD, report = self.next_token(x_BTD, next_BTD, layout, counted_BT, samples)
         num_targets_B = (targets_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
-        return self.head(hidden_BTD, targets_BT).sum(dim=1) / num_targets_B, report
+        return self.head(hidden_BTD, self.shards.own(targets_BT)).sum(dim=1) / num_targets_B, report
 
     def _add_stats(self, new: list[RoutingStats]) -> None:
         if self.training and not torch.is_grad_enabled():

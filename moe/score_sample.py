@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from moe.sequence_parallel import Shards
 from trainer import ranks
 from trainer.errors import ConfigError, StorageError
 
@@ -55,6 +56,7 @@ class ScoreSample:
     def __init__(self, model: nn.Module, routers: Sequence[nn.Module], size: int) -> None:
         """`model` is called with (tokens [B, T], labels [B, T], ...); `routers` return a `Routing`."""
         self._size, self._num_layers = size, len(routers)
+        self._shards: Shards = getattr(model, "shards", Shards())
         self._chosen_S = self._chosen_keys_S = torch.empty(0, dtype=torch.int64)
         self._keys_S = torch.empty(0, dtype=torch.int64)
         self._scores: list[Tensor | None] = [None] * len(routers)
@@ -95,7 +97,7 @@ class ScoreSample:
             return
         tokens_BT, labels_BT = inputs[0], inputs[1] if len(inputs) > 1 else None
         counted_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
-        keys_N = token_keys(tokens_BT, counted_BT).flatten()
+        keys_N = self._shards.own(token_keys(tokens_BT, counted_BT)).flatten()  # what this rank's routers will see
         self._chosen_keys_S, self._chosen_S = keys_N.topk(min(self._size, len(keys_N)), largest=False)
         self._new = {}
 

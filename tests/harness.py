@@ -1,11 +1,15 @@
 """Run the real commands in real processes and look at what they leave behind."""
 
+import atexit
 import inspect
 import json
 import os
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,16 +113,92 @@ def run(
     )  # fmt: skip
 
 
-def run_trainings(
-    runs: Sequence[tuple[Path, Sequence[str]]], *, ranks: int, timeout: float = 280, seam: str = ""
-) -> None:
-    """Train several (config file, overrides) one after the other in ONE job of `ranks` ranks: start-up costs once.
+class TrainingJob:
+    """A job of some ranks that trains what it is given, one configuration after the other, until it is closed.
 
-    `seam`: a change to make in the processes before (tests/dist/seams.py).
+    Starting ranks costs seconds for each of them (tests/dist/worker.py has the other side).
     """
-    plan = json.dumps([[str(path), list(overrides)] for path, overrides in runs])
-    done = run("tests.dist.worker", plan, *([seam] if seam else []), ranks=ranks, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
+
+    def __init__(self, ranks: int, seam: str = "") -> None:
+        self._orders = Path(tempfile.mkdtemp(prefix="evenkeel-job-"))
+        self._number = 0
+        arguments = [str(self._orders), *([seam] if seam else [])]
+        with (self._orders / "stderr").open("w") as stderr:
+            self._process = subprocess.Popen(
+                command("tests.dist.worker", *arguments, ranks=ranks),
+                cwd=ROOT, env=environment(ORDERED_BY=str(os.getpid())), stdout=subprocess.DEVNULL, stderr=stderr,
+            )  # fmt: skip
+
+    def train(self, runs: Sequence[tuple[Path, Sequence[str]]], timeout: float) -> None:
+        """Train all of `runs`. Raises AssertionError with the end of stderr if the job ends or is not done in time."""
+        self._number += 1
+        self._write([[str(path), list(overrides)] for path, overrides in runs])
+        done, deadline = self._orders / f"{self._number}.done", time.monotonic() + timeout
+        while not done.exists():
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                what = "ended" if ended else f"was not done in {timeout:.0f} s"
+                raise AssertionError(f"the job {what}:\n{(self._orders / 'stderr').read_text()[-4000:]}")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Let the ranks go home, and wait until they are gone; a job that is in the middle of something is killed."""
+        self._number += 1
+        self._write(None)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its ranks die with it
+            self._process.wait()
+        shutil.rmtree(self._orders, ignore_errors=True)
+
+    def _write(self, order: object) -> None:
+        staging = self._orders / "order"
+        staging.write_text(json.dumps(order))
+        staging.rename(self._orders / f"{self._number}.json")
+
+
+_JOBS: dict[int, TrainingJob] = {}
+
+
+def _job(ranks: int) -> TrainingJob:
+    if not _JOBS:
+        atexit.register(_close_jobs)
+    if ranks not in _JOBS:
+        _JOBS[ranks] = TrainingJob(ranks)
+    return _JOBS[ranks]
+
+
+def _close_jobs() -> None:
+    while _JOBS:
+        _JOBS.popitem()[1].close()
+
+
+def run_trainings(
+    runs: Sequence[tuple[Path, Sequence[str]]],
+    *,
+    ranks: int,
+    timeout: float = 280,
+    seam: str = "",
+    new_process: bool = False,
+) -> None:
+    """Train several (config file, overrides) one after the other in one job of `ranks` ranks, which is kept for later.
+
+    `seam`: a change to make in the processes before (tests/dist/seams.py). Such a job is of this call alone, and so is
+    one with `new_process`: for runs that must go on from nothing but what is in their folder.
+    """
+    own = TrainingJob(ranks, seam) if seam or new_process or not ranks else None
+    job = own or _job(ranks)
+    try:
+        job.train(runs, timeout)
+    except BaseException:
+        if own is None:
+            del _JOBS[ranks]
+            job.close()
+        raise
+    finally:
+        if own is not None:
+            own.close()
 
 
 def rows(run_dir: Path) -> list[dict[str, object]]:

@@ -147,7 +147,8 @@ class _StepRun:
         self._tokens = [split.tokens() for split in self._splits]
         self._step, self._applied_steps, self._recorder = step, applied_steps, recorder
         self._signals, self._judge = signals, judge
-        self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size()
+        self._sharing = owner._engine.config.sequence_parallel_size  # ranks that got the same samples
+        self._num_rows = sum(len(batch.tokens_bT) for batch in batches) * ranks.world_size() // self._sharing
         self._factors_D = self._hooks.domain_factors()
         self._losses: list[Tensor] = []
         self._token_weights: list[Tensor] = []
@@ -261,7 +262,9 @@ class _StepRun:
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:
             values["token_weights"] = self._token_weights
-        return gather_step(self._batches, self._splits, self._tokens, values, signals=self._signals)
+        return gather_step(
+            self._batches, self._splits, self._tokens, values, signals=self._signals, sharing=self._sharing
+        )
 
     def _finish(
         self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None
@@ -344,7 +347,7 @@ class _StepRun:
 
     def _record_penalty(self, objective: Objective) -> None:
         if objective.penalty is not None:
-            self._recorder.record(self._engine.module.penalty_name, objective.penalty, "sum")  # type: ignore[arg-type]
+            self._recorder.record(self._engine.module.penalty_name, objective.penalty / self._sharing, "sum")  # type: ignore[arg-type]
 
 
 class _RandomState(NamedTuple):

@@ -45,12 +45,20 @@ class EngineConfig:
     """Type gradients accumulate in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
     expert_parallel_size: int = 1
     """Ranks that share one copy of the experts; consecutive ranks form a group."""
+    sequence_parallel_size: int = 1
+    """Ranks that share the tokens of a row (Ulysses); consecutive ranks form a group."""
+    offload_optimizer: bool = False
+    """Keep master weights and Adam's moments in the host's memory, and step there."""
     bucket_elements: int = 50_000_000
     """Gradient elements reduced, and parameter elements gathered, in one collective."""
     collective_timeout_s: float = 600.0
     """Seconds a collective waits for a silent rank before the run ends with exit code 5."""
     zero_options: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's `zero_optimization` table, checked by DeepSpeed's own schema."""
+
+    def data_parallel(self, place: int) -> int:
+        """Of a rank or of a number of ranks: which, or how many, of those that get samples of their own."""
+        return place // self.sequence_parallel_size
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -70,6 +78,10 @@ class EngineConfig:
                 f"expert_parallel_size: {self.expert_parallel_size} needs zero_stage 1 or 2; at 0 DeepSpeed clips "
                 "by a norm that differs between ranks, at 3 it has no expert groups"
             )
+        if self.sequence_parallel_size < 1:
+            found.append(f"sequence_parallel_size: {self.sequence_parallel_size} must be at least 1")
+        if self.offload_optimizer and self.zero_stage == 0:
+            found.append("offload_optimizer: DeepSpeed has no offload at zero_stage 0; use stage 1, 2 or 3")
         if self.bucket_elements < 1:
             found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
         if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
@@ -107,14 +119,24 @@ class EngineConfig:
             "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
             "data_types": {"grad_accum_dtype": self.accumulation_dtype},
             "zero_allow_untested_optimizer": True,
+            # torch's fused AdamW has a vectorised kernel for host tensors: the same numbers, and nothing to compile.
+            "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self.zero_stage,
                 "reduce_bucket_size": self.bucket_elements,
                 "allgather_bucket_size": self.bucket_elements,
+                **self._offload_table,
                 **self.zero_options,
             },
             "steps_per_print": None,
         }
+
+    @property
+    def _offload_table(self) -> dict[str, Any]:
+        if not self.offload_optimizer:
+            return {}
+        # Memory can be pinned only where there is a device to copy it to.
+        return {"offload_optimizer": {"device": "cpu", "pin_memory": ranks.device().type == "cuda"}}
 
     @property
     def keeps_graphs(self) -> bool:
@@ -167,6 +189,8 @@ class Engine:
 
             del model._modules[_MARKER]  # its work is done, and its name must not get into checkpoints
             self.module.join_expert_group(groups._get_expert_parallel_group(f"ep_size_{config.expert_parallel_size}"))  # type: ignore[operator]
+        if config.sequence_parallel_size > 1:
+            self.module.join_sequence_group(_consecutive_ranks(config.sequence_parallel_size))  # type: ignore[operator]
         self._forget_first_step()
 
     @property
@@ -188,7 +212,8 @@ class Engine:
         `last`: the final backward of the optimizer step, after which gradients are reduced over ranks.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks, while our shares add up to the objective.
+        # DeepSpeed averages over ranks, while our shares add up to the objective: also those of a sequence group, whose
+        # ranks know the same objective but send its gradient through their own tokens only.
         self._engine.backward(objective * ranks.world_size(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float, gradient_scale: Tensor | None = None) -> EngineStep:
@@ -202,6 +227,8 @@ class Engine:
             with self._scaled_gradients(gradient_scale):
                 self._engine.step()
             applied = self._engine.was_step_applied()
+            if not applied and self.config.offload_optimizer:
+                self._forget_offloaded_gradients()
             grad_norm = self._engine.get_global_grad_norm()
             if gradient_scale is not None and applied and not self._norm_is_unscaled:
                 grad_norm = grad_norm * gradient_scale
@@ -240,6 +267,15 @@ class Engine:
             yield
         finally:
             owner.cur_scale = before
+
+    def _forget_offloaded_gradients(self) -> None:
+        """Clear what DeepSpeed 0.19 leaves behind when it skips a step with offload at stages 1 and 2.
+
+        The float32 buffer that bf16 gradients are added up in keeps its NaN, and every later step would be skipped too.
+        """
+        leftover: dict[int, Any] = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in leftover:
+            leftover[group] = None
 
     @property
     def _norm_is_unscaled(self) -> bool:
@@ -371,6 +407,13 @@ def _adam_state(adam: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
     return state
+
+
+def _consecutive_ranks(size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this one is in. A collective: every rank makes every group."""
+    firsts = range(0, dist.get_world_size(), size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
+    return groups[dist.get_rank() // size]
 
 
 def _expert_group_marker(size: int) -> nn.Module:

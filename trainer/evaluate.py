@@ -65,10 +65,12 @@ def evaluate(
     *,
     batch_size: int,
     device: torch.device,
+    sharing: int = 1,
     after_domain: Callable[[int], None] | None = None,
 ) -> HeldoutLoss:
     """Mean cross-entropy of the held-out split. Every rank calls it; the model's mode is restored.
 
+    `sharing`: consecutive ranks that work on the same rows, each of which counts once.
     `after_domain` is told each domain's number once its rows have been forwarded.
     """
     sums_2D = torch.zeros(2, len(corpus.domain_names), dtype=torch.float64, device=device)
@@ -79,10 +81,10 @@ def evaluate(
             for domain in range(len(corpus.domain_names)):
                 num_rows = corpus.heldout_rows(domain)
                 num_rows = min(num_rows, config.max_rows) if config.max_rows else num_rows
-                stride = batch_size * ranks.world_size()
+                stride = batch_size * ranks.world_size() // sharing
                 # Every rank forwards equally often, with padding where rows run out: a model may communicate.
                 for first in range(0, num_rows, stride):
-                    start = min(first + ranks.rank() * batch_size, num_rows)
+                    start = min(first + ranks.rank() // sharing * batch_size, num_rows)
                     rows = corpus.heldout_batch(domain, start, min(start + batch_size, num_rows), at_least=1)
                     labels_BT = rows.labels_ST.to(device)
                     losses_BT = model(rows.tokens_ST.to(device), labels_BT, rows.documents_ST.to(device))
@@ -92,6 +94,8 @@ def evaluate(
                     after_domain(domain)
     finally:
         model.train(was_training)
+    if ranks.rank() % sharing:
+        sums_2D.zero_()
     ranks.all_reduce_(sums_2D)
     loss_sum_D, tokens_D = sums_2D.cpu()
     return HeldoutLoss(corpus.domain_names, loss_sum_D, tokens_D)

@@ -52,9 +52,12 @@ def gather_step(
     values: Mapping[str, Sequence[Tensor]],
     *,
     signals: Signals,
+    sharing: int = 1,
 ) -> GlobalBatch:
     """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
 
+    `sharing`: consecutive ranks that have the same samples, each of which counts once; what is not finite on one of
+    them is not finite.
     float64 holds ids up to 2^53 exactly, so one tensor and one collective carry all.
     """
     ids_S = torch.cat([split.spread(batch.sample_ids_b) for batch, split in zip(batches, splits, strict=True)])
@@ -64,21 +67,26 @@ def gather_step(
     digests_S = torch.cat([split.spread(batch.digests_b) for batch, split in zip(batches, splits, strict=True)])
     columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, signals.bits), digests_S]
     columns += [torch.cat(list(parts)).detach() for parts in values.values()]
-    rows_BC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1)).flatten(0, 1)
+    rows_WSC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1))
+    signals_W = rows_WSC[:, 0, 4].long()
+    rows_BC = rows_WSC[::sharing].flatten(0, 1)
+    if sharing > 1:
+        is_finite_BC = rows_WSC.isfinite().unflatten(0, (-1, sharing)).all(dim=1).flatten(0, 1)
+        rows_BC = torch.where(is_finite_BC, rows_BC, torch.nan)
     rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
-    ids_B, parts_B, domains_B, tokens_B, signals_B, digests_B, *rest = rows_BC.unbind(dim=1)
+    ids_B, parts_B, domains_B, tokens_B, _, digests_B, *rest = rows_BC.unbind(dim=1)
     return GlobalBatch(
         ids_B.long(),
         parts_B.long(),
         domains_B.long(),
         tokens_B.long(),
-        _any_bits(signals_B.long()),
+        _any_bits(signals_W),
         torch.where(parts_B == 0, digests_B, 0).long().sum(),
         dict(zip(values, rest, strict=True)),
     )
 
 
-def _any_bits(bits_B: Tensor) -> Tensor:
+def _any_bits(bits_W: Tensor) -> Tensor:
     """Bitwise or of all, int64 scalar."""
-    places = torch.arange(len(Signals._fields), device=bits_B.device)
-    return ((bits_B.unsqueeze(1) >> places & 1).amax(dim=0) << places).sum()
+    places = torch.arange(len(Signals._fields), device=bits_W.device)
+    return ((bits_W.unsqueeze(1) >> places & 1).amax(dim=0) << places).sum()

@@ -94,7 +94,7 @@ class TrainConfig:
         return "auto" if keeps_graphs else "two_pass"
 
     def batch_problems(self, world_size: int) -> list[str]:
-        """Why the global batch cannot be dealt to `world_size` ranks; empty if it can."""
+        """Why the global batch cannot be dealt to `world_size` ranks with samples of their own; empty if it can."""
         unit = self.micro_batch_size * world_size
         if unit < 1 or self.global_batch_size % unit == 0:
             return []
@@ -155,7 +155,8 @@ class Trainer:
                 keeps_graphs=self.engine.config.keeps_graphs,
             ),
             normalization=self.config.loss_normalization,
-            num_micro_batches=self.config.global_batch_size // (self.config.micro_batch_size * ranks.world_size()),
+            num_micro_batches=self.config.global_batch_size
+            // (self.config.micro_batch_size * self.engine.config.data_parallel(ranks.world_size())),
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
         )
@@ -294,6 +295,7 @@ class Trainer:
             self.evaluation,
             batch_size=self.config.micro_batch_size,
             device=self.run.device,
+            sharing=self.engine.config.sequence_parallel_size,
             after_domain=self.hooks.on_evaluate_domain,
         )
         buffer = MetricBuffer()

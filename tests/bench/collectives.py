@@ -14,6 +14,7 @@ from tests.bench.report import Report
 from tests.moe.test_bias_hook import APPLIED, Records, run_of, step_of
 from trainer.accumulate import Accumulator
 from trainer.data.loader import MicroBatch
+from trainer.engine import EngineConfig
 from trainer.hooks import HookList
 
 
@@ -34,6 +35,7 @@ class LocalEngine:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
+        self.config = EngineConfig()
 
     def forward(self, tokens_bT: torch.Tensor, labels_bT: torch.Tensor, documents_bT: torch.Tensor) -> Any:
         return self.module(tokens_bT, labels_bT, documents_bT)

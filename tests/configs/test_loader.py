@@ -70,3 +70,25 @@ def test_graphs_cannot_wait_at_zero_3(accumulation: str, tmp_path: Path, data_co
     with pytest.raises(ConfigError, match="at 3 it has no expert groups"):
         load_run_config(config, ["engine.expert_parallel_size=2"], world_size=2)
     assert load_run_config(config).train.mode(needs_whole_step=True, keeps_graphs=False) == "two_pass"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "override", "problem"),
+    [
+        (6, "engine.sequence_parallel_size=4", "4 does not divide the number of ranks (6)"),
+        (2, "train.sequence_length=33", "2 does not divide train.sequence_length (33)"),
+        (3, "engine.sequence_parallel_size=3", "3 does not divide model.num_heads (4); attention is cut by heads"),
+        (2, "model={num_heads: 8, num_kv_heads: 1, capacity_factor: 1.5}", "2 with model.capacity_factor (1.5)"),
+        (4, "model={hidden_size: 96, num_heads: 12, num_kv_heads: 6}", "4 neither divides nor is a multiple of"),
+        (4, "train.micro_batch_size=8", "8 is not divisible by micro_batch_size x ranks = 8 x 2 = 16"),
+    ],
+)
+def test_rows_are_spread_over_ranks_that_can_share_them(
+    ranks: int, override: str, problem: str, tmp_path: Path, data_config: DataConfig
+) -> None:
+    config = tiny_config(tmp_path, data_config, engine={"sequence_parallel_size": 4 if "96" in override else 2})
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(config, [override], world_size=ranks)
+    assert problem in str(caught.value)
+    load_run_config(config, world_size=4)
+    load_run_config(config, world_size=None)

@@ -44,7 +44,8 @@ def engine_gradients(config: RunConfig, corpus: TokenCorpus) -> dict[str, Tensor
     accumulator = Accumulator(
         engine, hooks, mode=config.train.mode(needs_whole_step=hooks.needs_batch_losses),
         normalization=config.train.loss_normalization,
-        num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * ranks.world_size()),
+        num_micro_batches=config.train.global_batch_size
+        // (config.train.micro_batch_size * config.engine.data_parallel(ranks.world_size())),
         samples_per_row=run.samples_per_row, device=run.device,
     )  # fmt: skip
     if run.is_frozen:  # as if a step had gone before; `linear` weights need no more than that

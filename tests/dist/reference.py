@@ -4,6 +4,7 @@ Everything the loop must agree with is written out here once more, as directly a
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,19 @@ def auxiliary_loss(config: RunConfig, model: MoEDecoder, tokens: Tensor) -> Tens
     return total
 
 
-def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float], MoEDecoder]:
-    """Losses of every step and the trained model, for any weights, balancing rule or auxiliary loss."""
+class Reference(NamedTuple):
+    """What must be reproduced."""
+
+    losses: list[float]
+    """Of every step."""
+    model: MoEDecoder
+    """After the last one."""
+    norms: list[float]
+    """Of every step's gradient, before clipping."""
+
+
+def train_reference(config: RunConfig, corpus: TokenCorpus) -> Reference:
+    """Train, for any weights, balancing rule or auxiliary loss."""
     train = config.train
     torch.manual_seed(config.seed)
     model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
@@ -62,7 +74,8 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         layer.router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
         states.append({name: torch.zeros(layer.num_experts) for name in rule.state})
     objective = PlainObjective(config, corpus)
-    losses = []
+    losses: list[float] = []
+    norms: list[float] = []
     for step in range(train.steps):
         warmup = config.schedule.warmup_steps
         if step < warmup:
@@ -93,7 +106,7 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
         if config.model.aux_loss.any:
             penalty = penalty + auxiliary_loss(config, model, batch.tokens_ST)
         (objective(batch, token_losses, step) + penalty).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
         optimizer.step()
         losses.append((token_losses.sum() / (batch.labels_ST != -100).sum()).item())
         for layer, stats, state, indices in zip(model.moe_layers(), loads, states, chosen, strict=True):
@@ -116,4 +129,4 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> tuple[list[float]
             )
             router.expert_bias_E.copy_(bias)
             state.update(new_state)
-    return losses, model
+    return Reference(losses, model, norms)

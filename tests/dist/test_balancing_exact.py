@@ -45,22 +45,22 @@ METHODS: dict[str, list[str]] = {
 BATCH = 16
 
 
-def cut(ranks: int, experts: int, recompute: bool, accumulation: int) -> tuple[int, list[str]]:
-    """Ranks and overrides; ZeRO stages and ways to accumulate change along with the rest."""
+def cut(ranks: int, experts: int, rows: int, recompute: bool, accumulation: int) -> tuple[int, list[str]]:
+    """Ranks and overrides, `experts` and `rows` over so many ranks each; ZeRO stages and ways to accumulate change along with the rest."""
     stage = 1 + (accumulation > 1) if experts > 1 else {1: 0, 2: 1, 4: 2}[ranks]
     return ranks, [
-        f"train.micro_batch_size={BATCH // (ranks * accumulation)}",
+        f"train.micro_batch_size={BATCH * rows // (ranks * accumulation)}",
         f"train.accumulation={'two_pass' if recompute and ranks > 1 else 'deferred'}",
-        f"engine={{expert_parallel_size: {experts}, zero_stage: {stage}}}",
+        f"engine={{expert_parallel_size: {experts}, sequence_parallel_size: {rows}, zero_stage: {stage}}}",
         f"model.activation_recompute={'block' if recompute else 'none'}",
     ]
 
 
 CUTS = {
-    f"{ranks} ranks x {accumulation}, EP {experts}" + (", recomputed" if recompute else ""): cut(
-        ranks, experts, recompute, accumulation
+    f"{ranks} ranks x {accumulation}, EP {experts}, SP {rows}" + (", recomputed" if recompute else ""): cut(
+        ranks, experts, rows, recompute, accumulation
     )
-    for ranks, experts in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))
+    for ranks, experts, rows in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (4, 1, 1), (4, 2, 1), (4, 4, 2))
     for recompute in (False, True)
     for accumulation in (1, 4)
 }
@@ -68,8 +68,11 @@ CUTS = {
 # Every method once, in turn over the cuts of one and two ranks, and a few on four; the whole table is slow.
 SMALL_CUTS = [name for name in CUTS if not name.startswith("4")]
 FAST = [(method, SMALL_CUTS[i % len(SMALL_CUTS)]) for i, method in enumerate(METHODS)]
-FAST += [(m, "2 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "latent attention, documents apart")]
-FAST += [(m, "4 ranks x 4, EP 2, recomputed") for m in ("all losses and a rule", "different layers", "proportional")]
+FAST += [
+    (m, "2 ranks x 4, EP 2, SP 2, recomputed") for m in ("all losses and a rule", "latent attention, documents apart")
+]
+FAST += [(m, "4 ranks x 4, EP 2, SP 1, recomputed") for m in ("all losses and a rule", "proportional")]
+FAST += [("documents packed whole", "4 ranks x 1, EP 4, SP 2")]
 SLOW = [(m, c) for m in METHODS for c in CUTS if (m, c) not in FAST]
 
 
@@ -117,7 +120,7 @@ def references(base: Path) -> dict[str, Reference]:
     for method, overrides in METHODS.items():
         config = load_run_config(base, overrides)
         corpus = open_corpus(config)
-        reference_losses, model = train_reference(config, corpus)
+        reference_losses, model, _ = train_reference(config, corpus)
         found[method] = (reference_losses, [layer.router.expert_bias_E for layer in model.moe_layers()])
     return found
 
@@ -161,6 +164,6 @@ def test_the_methods_differ(references: dict[str, Reference]) -> None:
 
 
 def test_the_auxiliary_loss_is_reported(fast_runs: Path) -> None:
-    for row in rows(fast_runs / run_name("all losses and a rule", "2 ranks x 4, EP 2, recomputed")):
+    for row in rows(fast_runs / run_name("all losses and a rule", "2 ranks x 4, EP 2, SP 2, recomputed")):
         if "loss" in row:
             assert 0.05 * 2 * 2 * 0.9 < row["moe/aux_loss"] < 5

@@ -15,9 +15,11 @@ from trainer.data.config import DataConfig
 STEPS, EVERY = 20, 2
 LEGS = {
     "4 ranks, ZeRO 2, EP 2": (4, ["engine.zero_stage=2", "engine.expert_parallel_size=2", "train.micro_batch_size=1"]),
-    "2 ranks, ZeRO 3": (2, ["engine.zero_stage=3", "engine.zero_options={stage3_param_persistence_threshold: 0}"]),
+    "2 ranks, ZeRO 3, offload": (2, ["engine={zero_stage: 3, offload_optimizer: true}", "engine.zero_options={stage3_param_persistence_threshold: 0}"]),
     "1 rank, ZeRO 0": (1, ["engine.zero_stage=0", "train.micro_batch_size=4"]),
-    "4 ranks, ZeRO 1, EP 4": (4, ["engine.zero_stage=1", "engine.expert_parallel_size=4"]),
+    "4 ranks, ZeRO 1, EP 4, SP 2": (
+        4, ["engine={zero_stage: 1, expert_parallel_size: 4, sequence_parallel_size: 2}"]
+    ),
 }
 
 

@@ -94,7 +94,7 @@ def run_of(config_path: Path) -> RunDirs:
 def reference(config_path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     config = load_run_config(config_path)
     corpus = open_corpus(config)
-    reference_losses, model = train_reference(config, corpus)
+    reference_losses, model, _ = train_reference(config, corpus)
     return reference_losses, model.state_dict()
 
 

@@ -32,6 +32,17 @@ LAYOUTS = {
     ]
     for precision in ("fp32", "bf16")
     for stage in (1, 2)
+} | {
+    "fp32 ZeRO 1 offload, SP 2": [
+        "engine={zero_stage: 1, offload_optimizer: true, sequence_parallel_size: 2}", "model.dropout=0.1",
+    ],
+    "bf16 ZeRO 2 EP 2 offload": [
+        "engine={precision: bf16, zero_stage: 2, offload_optimizer: true, expert_parallel_size: 2}", "model.dropout=0.1",
+    ],
+    "bf16 ZeRO 3 offload, SP 2": [
+        "engine={precision: bf16, zero_stage: 3, offload_optimizer: true, sequence_parallel_size: 2}", "model.dropout=0.1",
+        "engine.zero_options={stage3_param_persistence_threshold: 0}",
+    ],
 }  # fmt: skip
 
 
@@ -64,7 +75,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -
         lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= 6]
         (cut / "metrics.jsonl").write_text("".join(kept) + lines[-1][:50])  # the kill came while a line was written
-    run_trainings([(config, [*o, f"run_dir={folder / f'{name} cut'}"]) for name, o in LAYOUTS.items()], ranks=2)
+    run_trainings([(config, [*o, f"run_dir={folder / f'{name} cut'}"]) for name, o in LAYOUTS.items()], ranks=2, new_process=True)
     return folder
 
 

@@ -28,6 +28,18 @@ CASES = {
         "gradient",
         ["engine.zero_stage=2", "engine.precision=bf16", "engine.expert_parallel_size=2"],
     ),
+    "loss, fp32 ZeRO 1 SP 2, streaming": ("loss", ["engine={zero_stage: 1, sequence_parallel_size: 2}", NO_REWEIGHT]),
+    "gradient, fp32 ZeRO 0 SP 2": ("gradient", ["engine.sequence_parallel_size=2"]),
+    "gradient, fp32 ZeRO 2 EP 2 offload": (
+        "gradient", ["engine={zero_stage: 2, expert_parallel_size: 2, offload_optimizer: true}"]
+    ),
+    "gradient, bf16 ZeRO 1 offload": ("gradient", ["engine={zero_stage: 1, precision: bf16, offload_optimizer: true}"]),
+    "loss, bf16 ZeRO 2 offload, streaming": (
+        "loss", ["engine={zero_stage: 2, precision: bf16, offload_optimizer: true}", NO_REWEIGHT]
+    ),
+    "gradient, bf16 ZeRO 3 offload": (
+        "gradient", ["engine={zero_stage: 3, precision: bf16, offload_optimizer: true}", *PARTITIONED]
+    ),
     "gradient, fp32 ZeRO 0": ("gradient", ["engine.zero_stage=0"]),
     "gradient, fp32 ZeRO 1": ("gradient", ["engine.zero_stage=1"]),
     "gradient, fp32 ZeRO 2": ("gradient", ["engine.zero_stage=2"]),

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -
     )
     for name in ("grown", "changed", "online cut"):
         cut_after(folder / ("online" if "online" in name else "one"), folder / name, 4)
-    run_trainings([(config, [*ONLINE, WORKERS, f"run_dir={folder / 'online cut'}"])], ranks=1)
+    run_trainings([(config, [*ONLINE, WORKERS, f"run_dir={folder / 'online cut'}"])], ranks=1, new_process=True)
     run_trainings(
         [
             (config, [*plain, f"run_dir={folder / 'two'}"]),

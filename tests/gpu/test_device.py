@@ -1,11 +1,15 @@
 """What differs between devices: grouped products, casts, attention. CUDA must agree with the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moe.grouped import experts_forward
 from moe.latent import LatentConfig
+from tests.harness import losses, run_trainings, tiny_config
 from tests.moe.test_model import small_model, tokens_and_labels
+from trainer.data.config import DataConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -74,3 +78,23 @@ def test_forward_and_backward_do_not_wait_for_the_device(masked: bool) -> None:
         model.take_counts("train")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_steps_like_one_on_the_device(
+    stage: int, tmp_path: Path, data_config: DataConfig
+) -> None:
+    """From host memory, with host kernels, and after a restart that reads its numbers into host memory."""
+    common = {"precision": "bf16", "zero_stage": stage}
+    schedule = {"shape": "constant", "warmup_steps": 3}  # does not depend on the number of steps
+    config = tiny_config(
+        tmp_path, data_config, engine=common, schedule=schedule, evaluation={"every": 0, "max_rows": 1}
+    )
+    for name, overrides in {
+        "device": [],
+        "host": ["engine.offload_optimizer=true", "train.steps=8"],
+        "host again": ["engine.offload_optimizer=true"],
+    }.items():
+        run_dir = tmp_path / name.split()[0]
+        run_trainings([(config, [*overrides, f"run_dir={run_dir}"])], ranks=1)
+    assert losses(tmp_path / "host") == pytest.approx(losses(tmp_path / "device"), rel=1e-3)
