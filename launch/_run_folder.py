@@ -19,6 +19,7 @@ from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.hooks import StopReason
 from trainer.metrics import JsonlLog, read_jsonl
+from trainer.profiling import SlowRankWatch
 from trainer.progress import ProgressDisplay
 from trainer.run_summary import summarize, summary_table
 from trainer.wandb_sink import WandbSink
@@ -90,8 +91,10 @@ class RunReport:
 
     def __init__(self, config: RunConfig, run_dir: Path, domain_names: Sequence[str], *, start_step: int) -> None:
         self._active = ranks.is_main()
+        hosts = ranks.gather_objects(socket.gethostname())
         if not self._active:
             return
+        self._slow_ranks = SlowRankWatch(config.profile.slow_rank_factor, hosts)
         self._file = JsonlLog(run_dir / "metrics.jsonl")
         if start_step:
             log.info("resumed from step %d", start_step)
@@ -115,6 +118,8 @@ class RunReport:
         for row in rows:
             if "loss" in row:
                 self._display.show(row)
+                if lagging := self._slow_ranks.look(row):
+                    log.warning("%s", lagging)
             else:
                 log.info("step %d held-out loss %.4f%s", row["step"], row["eval/loss"], _maxvio(row))
             self._wandb.log(row)

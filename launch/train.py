@@ -37,6 +37,7 @@ from trainer.hooks import HookList, RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
+from trainer.profiling import StepProfiler
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
 
@@ -96,6 +97,13 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSigna
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)
+    telemetry = StepTelemetry(
+        state,
+        corpus.domain_names,
+        flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
+        precision=config.engine.precision,
+        device=run.device,
+    )
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         reason = Trainer(
             config=config.train,
@@ -110,12 +118,8 @@ def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSigna
             evaluation=config.evaluation,
             checkpoint=config.checkpoint,
             store=store,
-            telemetry=StepTelemetry(
-                state,
-                corpus.domain_names,
-                flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
-                device=run.device,
-            ),
+            telemetry=telemetry,
+            profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir),
             write=report.write,
             state=state,
             stop=stop,

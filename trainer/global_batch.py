@@ -1,6 +1,6 @@
 """The optimizer step as every rank sees it: one all-gather of a few numbers a sample.
 
-Shape letters: B samples of the step, S samples of this rank, C columns.
+Shape letters: B samples of the step, S samples of this rank, C columns, W ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ from trainer import ranks
 from trainer.data.loader import MicroBatch
 from trainer.objective import SampleSplit
 
+_BUSY = 6  # the column that is a rank's, not a sample's
+
 
 class GlobalBatch(NamedTuple):
     """All samples of the step, sorted by row number and by place within the row, the same on every rank."""
@@ -24,6 +26,7 @@ class GlobalBatch(NamedTuple):
     stop: Tensor  # bool scalar: some rank was asked to stop
     digest: Tensor  # int64 scalar: sum of 32 bits of every row's (sample, domain, row)
     values: dict[str, Tensor]  # float64 [B] each
+    busy_W: Tensor  # float64, seconds each rank says it worked before it came here
 
 
 def gather_step(
@@ -33,8 +36,10 @@ def gather_step(
     values: Mapping[str, Sequence[Tensor]],
     *,
     stop: bool,
+    busy_s: float = 0.0,
 ) -> GlobalBatch:
     """Every rank's samples of the step on every rank. `values`: named per-sample numbers of each micro-batch, [s].
+    `busy_s`: what this rank has to tell the others about its time.
 
     float64 holds ids up to 2^53 exactly, so one tensor and one collective carry all.
     """
@@ -44,10 +49,12 @@ def gather_step(
     parts_S = torch.arange(per_row, device=ids_S.device).repeat(len(ids_S) // per_row)
     digests_S = torch.cat([split.spread(batch.digests_b) for batch, split in zip(batches, splits, strict=True)])
     columns = [ids_S, parts_S, domains_S, torch.cat(list(tokens)), torch.full_like(ids_S, stop), digests_S]
+    columns.append(torch.full_like(ids_S, busy_s, dtype=torch.float64))
     columns += [torch.cat(list(parts)).detach() for parts in values.values()]
-    rows_BC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1)).flatten(0, 1)
+    rows_WSC = ranks.all_gather(torch.stack([column.double() for column in columns], dim=1))
+    busy_W, rows_BC = rows_WSC[:, 0, _BUSY], rows_WSC.flatten(0, 1)
     rows_BC = rows_BC[(rows_BC[:, 0] * per_row + rows_BC[:, 1]).argsort()]
-    ids_B, parts_B, domains_B, tokens_B, stop_B, digests_B, *rest = rows_BC.unbind(dim=1)
+    ids_B, parts_B, domains_B, tokens_B, stop_B, digests_B, _, *rest = rows_BC.unbind(dim=1)
     return GlobalBatch(
         ids_B.long(),
         parts_B.long(),
@@ -56,4 +63,5 @@ def gather_step(
         stop_B.any(),
         torch.where(parts_B == 0, digests_B, 0).long().sum(),
         dict(zip(values, rest, strict=True)),
+        busy_W,
     )

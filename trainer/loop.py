@@ -33,6 +33,7 @@ from trainer.errors import NumericError
 from trainer.evaluate import EvaluationConfig, evaluate
 from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
+from trainer.profiling import StepProfiler
 from trainer.telemetry import StepTelemetry
 
 log = logging.getLogger("evenkeel")
@@ -131,6 +132,7 @@ class Trainer:
     checkpoint: CheckpointConfig
     store: CheckpointStore
     telemetry: StepTelemetry
+    profiler: StepProfiler
     write: Callable[[Sequence[Mapping[str, Any]]], None]
     """Takes finished rows of metrics, on every rank; only rank 0 need do something."""
     state: TrainState
@@ -149,6 +151,7 @@ class Trainer:
             num_micro_batches=self.config.global_batch_size // (self.config.micro_batch_size * ranks.world_size()),
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
+            clock=self.telemetry.clock,
         )
         self._phase = -1  # the one that hooks know
 
@@ -168,16 +171,19 @@ class Trainer:
             restore_signal()
             # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
             self.hooks.on_stop(reason)
+            self.profiler.close()
 
     def _steps(self, batches: Iterator[list[MicroBatch]]) -> StopReason:
         state, config = self.state, self.config
         while state.step < config.steps:
+            self.profiler.start_step(state.step + 1)
             self.telemetry.start_step()
             micro_batches = next(batches)
             self.telemetry.data_is_here()
             self._enter_phase()
 
             stop_requested = self._step(micro_batches)
+            self.profiler.end_step(state.step)
             last = stop_requested or state.step == config.steps
             if last or state.skipped_in_a_row or state.step % config.write_every == 0:
                 self.write(self.telemetry.flush())
@@ -196,7 +202,7 @@ class Trainer:
 
     def _step(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """One optimizer step. Returns whether some rank was asked to stop."""
-        state = self.state
+        state, clock = self.state, self.telemetry.clock
         learning_rate = self.learning_rate(state.applied_steps)
         accumulated = self._accumulator.run(
             micro_batches,
@@ -209,12 +215,15 @@ class Trainer:
             result = StepResult(applied=False, reason=accumulated.skip_reason)
             grad_norm: Tensor | float = math.nan
         else:
-            self.hooks.before_step(accumulated.context)
-            applied, grad_norm = self.engine.step(learning_rate, accumulated.gradient_scale)
+            with clock.phase("hooks"):
+                self.hooks.before_step(accumulated.context)
+            with clock.phase("optimizer"):
+                applied, grad_norm = self.engine.step(learning_rate, accumulated.gradient_scale)
             result = StepResult(applied=applied, reason="" if applied else "gradient is not finite")
             if applied:
                 self._accumulator.budget.settle()
-        self.hooks.after_step(accumulated.context, result)
+        with clock.phase("hooks"):
+            self.hooks.after_step(accumulated.context, result)
 
         state.step += 1
         state.samples += self.config.global_batch_size
