@@ -23,6 +23,7 @@ from configs.typed import leaf_key, leaves_of
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
+from launch._out_of_memory import explained_out_of_memory
 from launch._run_folder import RunFolder, RunReport, print_summary
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
@@ -89,6 +90,11 @@ def main(argv: list[str]) -> int:
 
 def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSignal) -> StopReason:
     """Build every part of the run, restore its newest checkpoint if there is one, and train until the end or `stop`."""
+    with explained_out_of_memory(config, run_dir):
+        return _train(config, corpus, run_dir, stop)
+
+
+def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSignal) -> StopReason:
     engine, hooks, run = build(config, corpus, run_dir)
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
