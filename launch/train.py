@@ -10,6 +10,7 @@ lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,32 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
     engine, hooks, run = build(config, corpus, run_dir)
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
-    store = CheckpointStore(run_dir, config.checkpoint, _identity(config, corpus))
+    store = CheckpointStore(run_dir, config.checkpoint, identity(config, corpus))
     state = store.load_newest(engine, hooks) or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)
+    with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
+        trainer = assemble(config, corpus, run_dir, engine, hooks, run, store, state, report.write, stop)
+        reason = trainer.train()
+    if ranks.is_main():
+        print_summary(run_dir, corpus.domain_names, reason)
+    return reason
+
+
+def assemble(
+    config: RunConfig,
+    corpus: TokenCorpus,
+    run_dir: Path,
+    engine: Engine,
+    hooks: HookList,
+    run: RunContext,
+    store: CheckpointStore,
+    state: TrainState,
+    write: Callable[[Sequence[Mapping[str, Any]]], None],
+    stop: StopSignal,
+) -> Trainer:
+    """The loop over parts that are ready; `write` takes its rows of metrics."""
     telemetry = StepTelemetry(
         state,
         corpus.domain_names,
@@ -110,29 +132,25 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
         precision=config.engine.precision,
         device=run.device,
     )
-    with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
-        reason = Trainer(
-            config=config.train,
-            engine=engine,
-            hooks=hooks,
-            run=run,
-            corpus=corpus,
-            loader=open_loader(config, corpus),
-            learning_rate=partial(
-                learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
-            ),
-            evaluation=config.evaluation,
-            checkpoint=config.checkpoint,
-            store=store,
-            telemetry=telemetry,
-            profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir),
-            write=report.write,
-            state=state,
-            stop=stop,
-        ).train()
-    if ranks.is_main():
-        print_summary(run_dir, corpus.domain_names, reason)
-    return reason
+    return Trainer(
+        config=config.train,
+        engine=engine,
+        hooks=hooks,
+        run=run,
+        corpus=corpus,
+        loader=open_loader(config, corpus),
+        learning_rate=partial(
+            learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
+        ),
+        evaluation=config.evaluation,
+        checkpoint=config.checkpoint,
+        store=store,
+        telemetry=telemetry,
+        profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir),
+        write=write,
+        state=state,
+        stop=stop,
+    )
 
 
 def _require_samples(config: RunConfig, corpus: TokenCorpus) -> None:
@@ -203,10 +221,11 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
     )
 
 
-def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
+def identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
+    """What a checkpoint must share with the run that loads it."""
     flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
-    identity = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
-    return identity | {
+    fixed = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
+    return fixed | {
         "data.fingerprint": corpus.fingerprint,
         "data.packing": config.data.packing,
         "data.order": ORDER,

@@ -129,7 +129,9 @@ class MoEDecoder(nn.Module):
         if self.next_token is not None:
             yield "next_token", self.next_token
         for block in [*self.blocks, *([self.next_token.block] if self.next_token is not None else [])]:
+            yield "norm", block.attention_norm
             yield "attention", block.attention
+            yield "norm", block.mlp_norm
             if isinstance(block.mlp, MoELayer):
                 yield "router", block.mlp.router
                 yield "dispatch", block.mlp.experts  # up to the cut that follows in moe/grouped.py

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 OTHER = "other"
+MARK = "phase: "
+"""What a trace calls the moment at which a phase begins, before its name."""
 PHASES = ("data", "forward", "losses", "hooks", "backward", "optimizer", OTHER)
 """`losses`: those of samples, and their all-gather, which waits for the slowest rank. `backward` and `optimizer` are
 DeepSpeed's, with what they reduce and gather between ranks."""
@@ -64,6 +66,9 @@ class PhaseClock:
             return OTHER
         previous = self._marks[-1][0]
         self._marks.append((phase, self._now()))
+        if self.is_traced:  # where a part begins: parts of a backward begin in one operation and end in another
+            with record_function(f"{MARK}{phase}"):
+                pass
         return previous
 
     def phase(self, name: str) -> "_Phase":
@@ -77,9 +82,9 @@ class PhaseClock:
         """
         if not self._marks:
             return 0.0
-        began, now = self._marks[0][1], self._now()
-        if isinstance(began, float) and isinstance(now, float):
-            return now - began if self.is_running else 0.0
+        began = self._marks[0][1]
+        if isinstance(began, float):
+            return time.perf_counter() - began if self.is_running else 0.0
         if self._last and self._last[-1][1].query():  # type: ignore[union-attr]
             times = seconds(self._last)
             self._busy_s = sum(s for name, s in times.items() if name.startswith(("data", "forward")))

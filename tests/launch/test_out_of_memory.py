@@ -38,7 +38,7 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     [
         (["train.accumulation=deferred"], 1, "train.accumulation=auto"),
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 2, "engine.zero_stage=2"),
-        (["train.micro_batch_size=1", "model.activation_recompute=block", "engine.zero_stage=2"], 2, "engine.zero_stage=3"),
+        (["train.micro_batch_size=1", "model.activation_recompute=block", "engine.zero_stage=2"], 2, "engine.zero_stage=3"),  # noqa: E501
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 1, "more ranks"),
     ],
 )  # fmt: skip

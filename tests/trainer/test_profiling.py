@@ -158,7 +158,7 @@ def test_parts_add_up_and_are_all_there(measured: dict[str, Path]) -> None:
     for phase in ("forward", "backward", "optimizer"):
         parts = {name: value for name, value in row.items() if name.startswith(f"time/{phase}/")}
         assert sum(parts.values()) == pytest.approx(row[f"time/{phase}_s"], rel=1e-6)  # type: ignore[arg-type]
-    both = ("embedding", "attention", "dense", "router", "experts", "shared", "head", "backbone", "engine")
+    both = ("embedding", "attention", "dense", "router", "experts", "shared", "head", "norm", "backbone", "engine")
     expected = [f"forward/{part}" for part in (*both, "dispatch", "next_token")] + [f"backward/{part}" for part in both]
     expected += ["backward/recompute", "backward/reduce", "optimizer/adam", "optimizer/engine"]
     assert {f"time/{name}_s" for name in expected} <= row.keys()
