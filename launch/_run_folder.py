@@ -120,6 +120,7 @@ class RunReport:
                 self._display.show(row)
                 if lagging := self._slow_ranks.look(row):
                     log.warning("%s", lagging)
+                    self._wandb.alert("slow rank", lagging)
             else:
                 log.info("step %d held-out loss %.4f%s", row["step"], row["eval/loss"], _maxvio(row))
             self._wandb.log(row)
@@ -132,7 +133,7 @@ class RunReport:
     ) -> None:
         if self._active:
             self._display.close()
-            self._wandb.close()
+            self._wandb.close(error=error if isinstance(error, Exception) else None)
 
 
 def start_logging(run_dir: Path) -> None:
