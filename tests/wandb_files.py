@@ -36,3 +36,8 @@ def records(path: Path) -> list[Any]:
 def config_of(run: Any) -> dict[str, Any]:
     """The configuration that a run record carries, without W&B's own part."""
     return {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
+
+
+def values_of(items: Any) -> dict[str, Any]:
+    """The values of a history or summary record by name; the parts of a nested one are joined by slashes."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

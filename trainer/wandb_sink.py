@@ -47,7 +47,7 @@ class WandbConfig:
     """Where the copy of the metrics goes, and what goes with it."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online if an API key is set, else offline (in the run folder, for `launch.wandb sync` or `wandb sync`)."""
+    """auto is online if an API key is set, else offline (in the run folder, for `launch.wandb sync`)."""
     project: str = "evenkeel"
     """W&B project."""
     entity: str = ""
@@ -182,7 +182,7 @@ class WandbSink:
                 )
             except Exception as error:
                 self._warn(f"cannot start {attempt} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})")
-                forget_failed_start()
+                end_service()
         return None
 
     def _send(self, run: Any, item: Mapping[str, Any] | tuple[str, str, Level]) -> None:
@@ -283,7 +283,7 @@ def open_run(config: WandbConfig, mode: str, *, run_dir: Path, run_name: str, co
     return run
 
 
-def forget_failed_start() -> None:
+def end_service() -> None:
     """End W&B's own process: it holds the id of the run that it could not start, and would refuse it from now on."""
     import wandb
 
@@ -315,8 +315,10 @@ def send_rows(
 ) -> int:
     """Send what a run folder has recorded and W&B does not have yet; returns how many rows that was.
 
-    `everything`: also steps that are there already, in case some in the middle are missing. Heat maps and tables go with
-    at most twenty rows, first and last among them. Waits for the server; raises StorageError if it cannot be reached.
+    `everything`: also steps that are there already, in case some in the middle are missing. Heat maps and tables go
+    with at most twenty rows, first and last among them. Waits for the server.
+
+    Raises StorageError if it cannot be reached.
     """
     import wandb
 
@@ -330,9 +332,8 @@ def send_rows(
         raise StorageError(f"W&B: cannot open the run of {run_dir}: {reason}; nothing was sent") from error
     last = run.summary.get("step")
     new = [row for row in rows if everything or last is None or row["step"] > last]
-    domains = [
-        key.split("/")[1] for key in rows_with(rows, "loss")[0] if key.startswith("domain/") and key.endswith("/tokens")
-    ]
+    keys = next(iter(rows_with(rows, "loss")), {})
+    domains = [key.split("/")[1] for key in keys if key.startswith("domain/") and key.endswith("/tokens")]
     view = partial(shown, wandb, domain_names=domains, table_rows=config.table_rows, texts=config.texts)
     pictured = [row["step"] for row in new if any(map(is_media, row.values()))]
     pictured = pictured[:: -(-len(pictured) // _REPLAYED_MEDIA) or 1] + pictured[-1:]

@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.wandb_files import config_of, records
+from tests.wandb_files import config_of, records, values_of
 from tests.wandb_server import WandbServer, wandb_server
 from trainer.errors import NumericError
 from trainer.metrics import JsonlLog
-from trainer.wandb_sink import ID_FILE, WandbConfig, WandbSink, run_id
+from trainer.wandb_sink import ID_FILE, WandbConfig, WandbSink, end_service, run_id
 
 CONFIG = {
     "seed": 1,
@@ -24,6 +23,14 @@ CONFIG = {
 }
 SHOWN = {"seed": 1, "data": {"vocab_size": 8}, "hooks": {"mine": {"rate": 1}}}
 KEY = "0123456789" * 4
+
+
+@pytest.fixture(autouse=True)
+def fresh_service() -> Iterator[None]:
+    """W&B reads the environment once in the life of its service."""
+    end_service()
+    yield
+    end_service()
 
 
 @pytest.fixture
@@ -75,15 +82,12 @@ def test_offline_files_hold_what_was_logged(tmp_path: Path) -> None:
         run_id(tmp_path), "grid", "ablation", ["a", "b"],
     )  # fmt: skip
     assert config_of(started) == SHOWN
-    history = [
-        json.loads(item.value_json) for record in found for item in record.history.item if item.key == "eval/loss"
-    ]
-    assert history == [9.0, 2.0, 4.0]
-    summary: dict[str, Any] = {}
-    for record in found:
-        for item in record.summary.update:
-            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-    assert summary["eval/loss"]["min"] == 2.0
+    history = [values_of(record.history.item) for record in found if record.HasField("history")]
+    assert [row["eval/loss"] for row in history if "eval/loss" in row] == [9.0, 2.0, 4.0]
+    summary = {key: value for record in found for key, value in values_of(record.summary.update).items()}
+    defined = {record.metric.name: record.metric for record in found if record.HasField("metric")}
+    assert defined["eval/loss"].summary.min
+    assert defined["eval/loss"].step_metric == "step"
     assert summary["best/eval_loss"] == 2.0
     assert summary["best/step"] == 2
     assert summary["final/maxvio_global"] == pytest.approx(0.3)
@@ -133,7 +137,7 @@ def test_a_server_gets_the_run_once_whatever_happens_to_the_job(tmp_path: Path, 
     assert (tmp_path / ID_FILE).read_text().strip() == name
     assert list(server.buckets) == [name], "started again, it is the same run"
     assert [row["step"] for row in server.history(name) if "loss" in row] == [1, 2, 3]
-    assert server.summary(name)["best/eval_loss"] == 2.0
+    assert server.summary(name)["eval/loss"]["min"] == server.summary(name)["best/eval_loss"] == 2.0
     assert server.config(name) == SHOWN
     sent = json.dumps([server.buckets, {k: dict(v) for k, v in server.streams.items()}], default=str)
     for private in ("/home/me", "feedc0de", "dear diary", os.uname().nodename, "test_wandb.py"):
