@@ -1,12 +1,14 @@
-"""The panels of a W&B project as a definition, so that everybody in a team sees the same: built here, by no server.
+"""The panels of a W&B project as a definition, so that everybody in a team sees the same.
 
-Names are those of the metrics (trainer/telemetry.py, moe/bias_hook.py, reweighting/hook.py); a regular expression stands
-where their number depends on the run.
+Names are those of the metrics (trainer/telemetry.py, moe/bias_hook.py, reweighting/hook.py); a regular expression
+stands where their number depends on the run.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from trainer.phases import PHASES
 
 NAME = "Evenkeel"
 _HEAT_MAPS = ("moe/loads", "moe/bias")
@@ -91,7 +93,7 @@ def _sections() -> Sequence[tuple[str, list[Any]]]:
             lines("MFU", "mfu"),
             lines(
                 "where the time of a step goes",
-                *(f"time/{phase}_s" for phase in ("data", "forward", "losses", "hooks", "backward", "optimizer", "other")),
+                *(f"time/{phase}_s" for phase in PHASES),
                 plot_type="stacked-area",
             ),
             lines("slowest rank / median rank", "time/rank_spread"),

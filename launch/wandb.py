@@ -3,9 +3,10 @@
     python -m launch.wandb sync runs/quickstart [runs/other ...]     send what the server does not have yet
     python -m launch.wandb workspace configs/quickstart.yaml --out panels.json [--save]
 
-`sync` reads metrics.jsonl, the record of a run, so it does not matter whether the run was offline, lost its server or was
-started several times; the W&B run is the one whose id lies in the run folder (wandb-id). `workspace` writes the definition of
-the panels we look at; `--save` also creates them in the project. Project, entity and group are those of the run or config.
+`sync` reads metrics.jsonl, the record of a run, so it does not matter whether the run was offline, lost its server or
+was started several times; the W&B run is the one whose id lies in the run folder (wandb-id). `workspace` writes the
+definition of the panels we look at; `--save` also creates them in the project. Project, entity and group are those of
+the run or config.
 
 The server is WANDB_BASE_URL, or W&B's own; the key WANDB_API_KEY, or what `wandb login` has stored.
 """

@@ -21,11 +21,14 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
+
+import psutil
 
 from trainer.errors import ConfigError, StorageError
 from trainer.metrics import Row, read_jsonl, rows_with
@@ -38,6 +41,7 @@ ID_FILE = "wandb-id"
 """File in the run folder with the id of the W&B run."""
 _QUEUE_ROWS = 10_000
 _INIT_TIMEOUT_S = 10
+_END_TIMEOUT_S = 5
 _REPLAYED_MEDIA = 20
 _SUMMARIES = {"eval/loss": "min", "eval/maxvio_global": "last", "loss": "last", "tokens_per_s": "mean"}
 
@@ -139,6 +143,7 @@ class WandbSink:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():
                 self._warn("did not finish in time: its copy may be incomplete")
+                _kill_service()
         if self._dropped:
             self._warn(f"was too slow: {self._dropped} rows are missing there")
 
@@ -291,6 +296,18 @@ def end_service() -> None:
         wandb.teardown()
     except (Exception, SystemExit) as error:  # it passes on the exit code of its process in this way
         log.debug("W&B did not end cleanly: %r", error)
+
+
+def _kill_service() -> None:
+    """End W&B's own process: when Python exits it would be waited for, for as long as it tries to reach its server."""
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if process.name().startswith("wandb-core"):
+                process.kill()
+    # W&B has a hook at exit, which finds nothing to complain of after this.
+    ending = threading.Thread(target=end_service, daemon=True)
+    ending.start()
+    ending.join(_END_TIMEOUT_S)
 
 
 def close_run(run: Any, rows: Sequence[Mapping[str, Any]]) -> None:
