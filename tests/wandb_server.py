@@ -9,7 +9,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
@@ -126,7 +126,7 @@ class WandbServer:
             "id": "UnVu", "name": run_id, "displayName": run_id, "logLineCount": 0, "eventsLineCount": 0,
             "historyLineCount": len(history), "historyTail": json.dumps(history[-1:]), "eventsTail": "[]",
             "summaryMetrics": json.dumps(self.summary(run_id)), "config": self.buckets[run_id].get("config", "{}"),
-            "tags": self.buckets[run_id].get("tags", []), "notes": None, "wandbConfig": "{}",
+            "tags": self.buckets[run_id].get("tags", []), "notes": None, "wandbConfig": json.dumps({"t": 1}),
         }  # fmt: skip
 
 
@@ -136,6 +136,10 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def log_message(self, *_: Any) -> None:
             pass
+
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # W&B leaves without a word
+                super().handle()
 
         def do_GET(self) -> None:
             self._answer({})

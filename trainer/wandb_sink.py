@@ -43,7 +43,6 @@ _QUEUE_ROWS = 10_000
 _INIT_TIMEOUT_S = 10
 _END_TIMEOUT_S = 5
 _REPLAYED_MEDIA = 20
-_SUMMARIES = {"eval/loss": "min", "eval/maxvio_global": "last", "loss": "last", "tokens_per_s": "mean"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +282,7 @@ def open_run(config: WandbConfig, mode: str, *, run_dir: Path, run_name: str, co
         ),
     )
     run.define_metric("*", step_metric="step")
-    for name, summary in _SUMMARIES.items():
-        run.define_metric(name, step_metric="step", summary=summary)
+    run.define_metric("eval/loss", step_metric="step", summary="min")
     return run
 
 

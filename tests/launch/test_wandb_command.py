@@ -1,18 +1,23 @@
 """`launch.wandb`: what a server has missed is sent later, and a project's panels are a file."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from launch._cli import run_command
+from launch.wandb import main
 from tests.faults.faultkit import Job
-from tests.harness import deterministic, rows, run, tiny_config
+from tests.harness import deterministic, environment, rows, run, tiny_config
 from tests.trainer.test_wandb import online
 from tests.wandb_server import ENTITY, WandbServer, wandb_server
 from trainer.data.config import DataConfig
-from trainer.wandb_sink import run_id
+from trainer.wandb_sink import end_service, run_id
 
 
 def train_while_the_server(mood: str, folder: Path, data_config: DataConfig) -> tuple[Path, Job, float]:
@@ -36,23 +41,25 @@ def train_while_the_server(mood: str, folder: Path, data_config: DataConfig) -> 
 
 
 @pytest.mark.fault(20, "W&B dies in the middle of the run, and gets it later")
-def test_a_server_that_dies_is_sent_everything_later(tmp_path: Path, data_config: DataConfig) -> None:
+def test_a_server_that_dies_is_sent_everything_later(
+    tmp_path: Path, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir, job, after = train_while_the_server("dies", tmp_path, data_config)
     assert after < 30, "the run waits for its copy no longer than it promises"
     assert job.log.count("W&B ") == 1, "said once"
     assert f"python -m launch.wandb sync {run_dir}" in job.log
     assert len([row for row in rows(run_dir) if "loss" in row]) == 12
 
+    total = len(rows(run_dir))
     with wandb_server() as server:
-        done = run("launch.wandb", "sync", str(run_dir), **online(server.url))
-        assert done.returncode == 0, done.stderr[-2000:]
-        total = len(rows(run_dir))
-        assert f"{total} of {total} rows sent to project evenkeel" in done.stdout
-        assert_complete(server, run_dir)
-        again = run("launch.wandb", "sync", str(run_dir), **online(server.url))
-        assert f"0 of {total} rows sent" in again.stdout, again.stderr[-2000:]
-        whole = run("launch.wandb", "sync", "--all", str(run_dir), **online(server.url))
-        assert f"{total} of {total} rows sent" in whole.stdout, whole.stderr[-2000:]
+        for name, value in online(server.url).items():
+            monkeypatch.setenv(name, value)
+        for options, sent in (([], total), ([], 0), (["--all"], total)):
+            end_service()
+            assert run_command(main, ["sync", *options, str(run_dir)]) == 0
+            assert f"{sent} of {total} rows sent to project evenkeel" in capsys.readouterr().out
+            assert_complete(server, run_dir)
+        end_service()
         assert list(server.buckets) == [run_id(run_dir)]
 
 
@@ -60,9 +67,9 @@ def assert_complete(server: WandbServer, run_dir: Path) -> None:
     history = server.history(run_id(run_dir))
     sent = {row["step"]: row["loss"] for row in history if "loss" in row}
     assert sent == {row["step"]: row["loss"] for row in rows(run_dir) if "loss" in row}
-    assert [row["eval/loss"] for row in history if "eval/loss" in row] == [
-        row["eval/loss"] for row in rows(run_dir) if "eval/loss" in row
-    ]
+    assert {row["step"]: row["eval/loss"] for row in history if "eval/loss" in row} == {
+        row["step"]: row["eval/loss"] for row in rows(run_dir) if "eval/loss" in row
+    }
     assert any("moe/loads" in row for row in history)
     summary = server.summary(run_id(run_dir))
     assert summary["best/eval_loss"] == min(float(row["eval/loss"]) for row in rows(run_dir) if "eval/loss" in row)  # type: ignore[arg-type]
@@ -83,11 +90,6 @@ def test_a_server_that_misbehaves_does_not_hold_the_run_up(mood: str, tmp_path: 
 
 def test_what_the_official_command_syncs(tmp_path: Path, data_config: DataConfig) -> None:
     """`wandb sync`, which needs nothing of ours, puts an offline run that was started twice into one."""
-    import subprocess
-    import sys
-
-    from tests.harness import environment
-
     config = tiny_config(tmp_path, data_config, train={"steps": 8}, wandb={"mode": "offline"}, evaluation={"every": 4})
     assert run("launch.train", str(config), "train.steps=4").returncode == 0
     done = run("launch.train", str(config))
@@ -106,22 +108,32 @@ def test_what_the_official_command_syncs(tmp_path: Path, data_config: DataConfig
         assert steps == list(range(1, 9))
 
 
-def test_wrong_use_is_one_line(tmp_path: Path, data_config: DataConfig) -> None:
-    config = tiny_config(tmp_path, data_config)
-    folder = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("arguments", "url", "code", "line"),
+    [
+        (["sync", "FOLDER"], "", 2, "error: WANDB_API_KEY: is not set"),
+        (["sync", "FOLDER/none"], "", 2, "error: "),
+        (["sync", "FOLDER"], "http://127.0.0.1:9", 6, "error: W&B: cannot open the run of"),
+        (["workspace", "CONFIG", "--save"], "http://127.0.0.1:9", 2, "error: wandb.entity: a workspace"),
+        (["workspace", "CONFIG", "--out", "/nowhere/at/all.json"], "", 6, "error: --out: /nowhere/at/all.json"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    arguments: list[str], url: str, code: int, line: str, tmp_path: Path, data_config: DataConfig,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config, folder = tiny_config(tmp_path, data_config), tmp_path / "run"
     folder.mkdir()
     shutil.copy(config, folder / "config.yaml")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    for arguments, env, code, line in (
-        (["sync", str(folder)], {}, 2, "error: WANDB_API_KEY: is not set"),
-        (["sync", str(tmp_path / "none")], {}, 2, "error: "),
-        (["sync", str(folder)], online("http://127.0.0.1:9"), 6, "error: W&B: cannot open the run of"),
-        (["workspace", str(config), "--save"], online("http://127.0.0.1:9"), 2, "error: wandb.entity: a workspace"),
-        (["workspace", str(config), "--out", "/nowhere/at/all.json"], {}, 6, "error: --out: /nowhere/at/all.json"),
-    ):
-        done = run("launch.wandb", *arguments, NETRC="/dev/null", **env)
-        assert done.returncode == code, done.stderr
-        assert done.stderr.strip().splitlines()[-1].startswith(line), done.stderr
+    monkeypatch.setenv("NETRC", "/dev/null")
+    for name, value in online(url).items() if url else ():
+        monkeypatch.setenv(name, value)
+    end_service()
+    given = [text.replace("FOLDER", str(folder)).replace("CONFIG", str(config)) for text in arguments]
+    assert run_command(main, given) == code
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
+    end_service()
 
 
 def test_the_panels_of_a_project_are_a_file_and_a_view(tmp_path: Path, data_config: DataConfig) -> None:
@@ -148,8 +160,6 @@ def test_the_panels_of_a_project_are_a_file_and_a_view(tmp_path: Path, data_conf
 
 
 def test_every_metric_of_a_panel_is_one_that_runs_record(tmp_path: Path, data_config: DataConfig) -> None:
-    import re
-
     config = tiny_config(tmp_path, data_config, train={"steps": 4}, evaluation={"every": 4})
     done = run("launch.train", str(config), ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]

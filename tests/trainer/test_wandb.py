@@ -133,11 +133,13 @@ def test_a_server_gets_the_run_once_whatever_happens_to_the_job(tmp_path: Path, 
     sink_rows(tmp_path, config, (1, 2))
     name = run_id(tmp_path)
     assert [row["step"] for row in server.history(name) if "loss" in row] == [1, 2]
+    assert server.summary(name)["eval/loss"] == {"min": 2.0}
     sink_rows(tmp_path, config, (3,))
     assert (tmp_path / ID_FILE).read_text().strip() == name
     assert list(server.buckets) == [name], "started again, it is the same run"
     assert [row["step"] for row in server.history(name) if "loss" in row] == [1, 2, 3]
-    assert server.summary(name)["eval/loss"]["min"] == server.summary(name)["best/eval_loss"] == 2.0
+    # W&B's own minimum forgets what came before a restart; ours is taken from the record.
+    assert server.summary(name)["best/eval_loss"] == 2.0
     assert server.config(name) == SHOWN
     sent = json.dumps([server.buckets, {k: dict(v) for k, v in server.streams.items()}], default=str)
     for private in ("/home/me", "feedc0de", "dear diary", os.uname().nodename, "test_wandb.py"):
