@@ -11,10 +11,14 @@ from trainer.evaluate import EvaluationConfig
 from trainer.health import HealthConfig
 from trainer.loop import TrainConfig
 from trainer.optim import OptimizerConfig
+from trainer.profiling import ProfileConfig
 from trainer.schedule import ScheduleConfig
 from trainer.wandb_sink import WandbConfig
 
-SECTIONS = ("model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "health", "wandb")
+SECTIONS = (
+    "model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "health", "wandb",
+    "profile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     hooks: dict[str, Any] = field(default_factory=dict)
     """Hooks by label: `{hook: name or package.module:Class (default: the label), enabled: bool, ...its options}`."""
 
@@ -92,6 +97,9 @@ class RunConfig:
                 "train.accumulation: frozen scales the whole gradient by the weights' divisor, so it cannot be used "
                 "with model.aux_loss or model.mtp_weight; use auto"
             )
+        found += [
+            f"profile.{line}" for line in self.profile.run_problems(steps=self.train.steps, world_size=world_size)
+        ]
         found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
         return found
 

@@ -2,6 +2,7 @@
 
 import logging
 import logging.handlers
+import socket
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.hooks import StopReason
 from trainer.metrics import JsonlLog, iter_jsonl
+from trainer.profiling import SlowRankWatch
 from trainer.progress import ProgressDisplay
 from trainer.run_summary import summarize, summary_table
 from trainer.wandb_sink import WandbSink
@@ -84,8 +86,10 @@ class RunReport:
 
     def __init__(self, config: RunConfig, run_dir: Path, domain_names: Sequence[str], *, start_step: int) -> None:
         self._active = ranks.is_main()
+        hosts = ranks.gather_objects(socket.gethostname())
         if not self._active:
             return
+        self._slow_ranks = SlowRankWatch(config.profile.slow_rank_factor, hosts)
         self._file = JsonlLog(run_dir / "metrics.jsonl")
         if start_step:
             log.info("resumed from step %d", start_step)
@@ -109,6 +113,9 @@ class RunReport:
         for row in rows:
             if "loss" in row:
                 self._display.show(row)
+                if lagging := self._slow_ranks.look(row):
+                    log.warning("%s", lagging)
+                    self._wandb.alert("slow rank", lagging)
             else:
                 log.info("step %d held-out loss %.4f%s", row["step"], row["eval/loss"], _maxvio(row))
             self._wandb.log(row)
@@ -121,7 +128,7 @@ class RunReport:
     ) -> None:
         if self._active:
             self._display.close()
-            self._wandb.close()
+            self._wandb.close(error=error if isinstance(error, Exception) else None)
 
 
 def start_logging(run_dir: Path) -> None:

@@ -10,6 +10,7 @@ lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from configs.typed import leaf_key, leaves_of
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
+from launch._out_of_memory import explained_out_of_memory
 from launch._run_folder import RunFolder, RunReport, print_summary
 from launch.health import examine_and_record
 from moe.arithmetic import flops_per_token
@@ -38,6 +40,7 @@ from trainer.hooks import HookList, RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
 from trainer.process_group import start_process_group, stop_process_group
+from trainer.profiling import StepProfiler
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
 from trainer.train_state import TrainState
@@ -91,43 +94,68 @@ def main(argv: list[str]) -> int:
 
 def train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSignal) -> StopReason:
     """Build every part of the run, restore its newest checkpoint if there is one, and train until the end or `stop`."""
+    with explained_out_of_memory(config, run_dir):
+        return _train(config, corpus, run_dir, stop)
+
+
+def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSignal) -> StopReason:
     engine, hooks, run = build(config, corpus, run_dir)
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
     store = CheckpointStore(
-        run_dir, config.checkpoint, _identity(config, corpus), timeout_s=config.engine.collective_timeout_s
+        run_dir, config.checkpoint, identity(config, corpus), timeout_s=config.engine.collective_timeout_s
     )
     state = store.load_newest(engine, hooks) or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
-        reason = Trainer(
-            config=config.train,
-            engine=engine,
-            hooks=hooks,
-            run=run,
-            corpus=corpus,
-            loader=open_loader(config, corpus),
-            learning_rate=partial(
-                learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
-            ),
-            evaluation=config.evaluation,
-            checkpoint=config.checkpoint,
-            store=store,
-            telemetry=StepTelemetry(
-                state,
-                corpus.domain_names,
-                flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
-                device=run.device,
-            ),
-            write=report.write,
-            state=state,
-            stop=stop,
-        ).train()
+        trainer = assemble(config, corpus, run_dir, engine, hooks, run, store, state, report.write, stop)
+        reason = trainer.train()
     if ranks.is_main():
         print_summary(run_dir, corpus.domain_names, reason)
     return reason
+
+
+def assemble(
+    config: RunConfig,
+    corpus: TokenCorpus,
+    run_dir: Path,
+    engine: Engine,
+    hooks: HookList,
+    run: RunContext,
+    store: CheckpointStore,
+    state: TrainState,
+    write: Callable[[Sequence[Mapping[str, Any]]], None],
+    stop: StopSignal,
+) -> Trainer:
+    """The loop over parts that are ready; `write` takes its rows of metrics."""
+    telemetry = StepTelemetry(
+        state,
+        corpus.domain_names,
+        flops_per_token=flops_per_token(config.model, corpus.vocab_size, config.train.sequence_length),
+        precision=config.engine.precision,
+        device=run.device,
+    )
+    return Trainer(
+        config=config.train,
+        engine=engine,
+        hooks=hooks,
+        run=run,
+        corpus=corpus,
+        loader=open_loader(config, corpus),
+        learning_rate=partial(
+            learning_rate, config.schedule, peak=config.optimizer.learning_rate, total_steps=config.train.steps
+        ),
+        evaluation=config.evaluation,
+        checkpoint=config.checkpoint,
+        store=store,
+        telemetry=telemetry,
+        profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir),
+        write=write,
+        state=state,
+        stop=stop,
+    )
 
 
 def _require_samples(config: RunConfig, corpus: TokenCorpus) -> None:
@@ -198,10 +226,11 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
     )
 
 
-def _identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
+def identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
+    """What a checkpoint must share with the run that loads it."""
     flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
-    identity = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
-    return identity | {
+    fixed = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
+    return fixed | {
         "data.fingerprint": corpus.fingerprint,
         "data.packing": config.data.packing,
         "data.order": ORDER,

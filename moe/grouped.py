@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.cpu_experts import cpu_experts_forward
+from trainer.phases import cut
 
 
 def experts_forward(
@@ -20,7 +21,8 @@ def experts_forward(
     """Sum over each token's K experts of gate * SwiGLU(x), [N, D]. Experts without tokens are allowed, as is N = 0."""
     order, counts_E = sorted_rows(indices_NK, gate_up_EDF2.shape[0])
     if x_ND.device.type == "cpu" and x_ND.dtype in (torch.float32, torch.float64):
-        return cpu_experts_forward(x_ND, order, counts_E, gates_NK, gate_up_EDF2, down_EFD)
+        # One loop gathers, multiplies and adds: none of it can be told apart.
+        return cpu_experts_forward(cut("experts", x_ND), order, counts_E, gates_NK, gate_up_EDF2, down_EFD)
     outputs = grouped_swiglu(x_ND[order // indices_NK.shape[1]], counts_E, gate_up_EDF2, down_EFD)
     # Back to token order by a permutation rather than an atomic add: the sum over K has a fixed order.
     by_token_NKD = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices_NK.shape)
@@ -41,8 +43,8 @@ def grouped_swiglu(rows_RD: Tensor, counts_E: Tensor, gate_up_EDF2: Tensor, down
         # Still a function of every parameter: a rank without tokens must take part in the gradient reduction.
         return rows_RD + 0.0 * (gate_up_EDF2.sum() + down_EFD.sum())
     offsets_E = counts_E.cumsum(0).to(torch.int32)
-    gate, up = _grouped_product(rows_RD, gate_up_EDF2, offsets_E).chunk(2, dim=-1)
-    return _grouped_product(F.silu(gate) * up, down_EFD, offsets_E)
+    gate, up = _grouped_product(cut("experts", rows_RD), gate_up_EDF2, offsets_E).chunk(2, dim=-1)
+    return cut("combine", _grouped_product(F.silu(gate) * up, down_EFD, offsets_E))
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ V vocabulary, X features of the auxiliary losses, Y statistics they need of the 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from moe.layers import RMSNorm, rotary_table
 from moe.loss_head import IGNORED_LABEL, OutputHead
 from moe.router import THRESHOLD_BINS, RoutingStats
 from moe.sequence_parallel import Shards
+from trainer.phases import cut
 
 CountKind = Literal["train", "eval"]
 
@@ -89,7 +91,7 @@ class MoEDecoder(nn.Module):
         samples = self._samples(counted_BT, documents_BT) if self.training and self._samples_per_row else None
         counted_BT = own(counted_BT)
         x_BTD, reports = self._hidden(own(tokens_BT), layout, counted_BT, samples)
-        hidden_BTD = self.final_norm(x_BTD)
+        hidden_BTD = self.final_norm(cut("head", x_BTD))
         if labels_BT is None:
             self._add_stats([report.stats for report in reports])
             logits_BTV: Tensor = self.head(hidden_BTD)
@@ -128,6 +130,23 @@ class MoEDecoder(nn.Module):
         """The layers with routed experts, in the order the data meets them; that of multi-token prediction last."""
         blocks = [*self.blocks, *([self.next_token.block] if self.next_token is not None else [])]
         return [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
+
+    def timed_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names of modules for a breakdown of the step's time (trainer/breakdown.py)."""
+        yield "embedding", self.embedding
+        if self.next_token is not None:
+            yield "next_token", self.next_token
+        for block in [*self.blocks, *([self.next_token.block] if self.next_token is not None else [])]:
+            yield "norm", block.attention_norm
+            yield "attention", block.attention
+            yield "norm", block.mlp_norm
+            if isinstance(block.mlp, MoELayer):
+                yield "router", block.mlp.router
+                yield "dispatch", block.mlp.experts  # up to the cut that follows in moe/grouped.py
+                if block.mlp.shared is not None:
+                    yield "shared", block.mlp.shared
+            else:
+                yield "dense", block.mlp
 
     def join_expert_group(self, group: dist.ProcessGroup) -> None:
         """Give every layer the ranks that hold the other shares of its experts."""

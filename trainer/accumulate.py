@@ -45,6 +45,7 @@ from trainer.objective import (
     coefficient_numerators,
     loss_coefficients,
 )
+from trainer.phases import PhaseClock
 
 Judge = Callable[[float], tuple[bool, str]]
 """Told the step's finite mean loss: is it a spike, and why must the step be skipped (empty if it must not)."""
@@ -97,6 +98,7 @@ class Accumulator:
         num_micro_batches: int,
         samples_per_row: int,
         device: torch.device,
+        clock: PhaseClock | None = None,
     ) -> None:
         assert mode != "streaming" or not hooks.needs_batch_losses, "a hook needs the losses before the backward"
         assert mode != "streaming" or not getattr(engine.module, "needs_whole_step", False)
@@ -106,6 +108,7 @@ class Accumulator:
         self._normalization = normalization
         self._samples_per_row = samples_per_row
         self._device = device
+        self._clock = clock or PhaseClock(device)
         self.budget = GraphBudget(mode if mode in ("deferred", "two_pass") else "auto", num_micro_batches, device)
 
     def run(
@@ -141,7 +144,7 @@ class _StepRun:
         judge: Judge,
     ) -> None:
         self._engine, self._hooks, self._budget = owner._engine, owner._hooks, owner.budget
-        self._normalization, self._device = owner._normalization, owner._device
+        self._normalization, self._device, self._clock = owner._normalization, owner._device, owner._clock
         self._batches = batches
         self._splits = [SampleSplit.of(batch, owner._samples_per_row) for batch in batches]
         self._tokens = [split.tokens() for split in self._splits]
@@ -162,7 +165,7 @@ class _StepRun:
         last = len(self._batches) - 1
         for m in range(last):
             forwarded = self._forward(m)
-            self._engine.backward(
+            self._backward(
                 objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX), last=False
             )
         forwarded = self._forward(last)
@@ -172,7 +175,7 @@ class _StepRun:
             if last > 0:
                 self._engine.abandon(forwarded.weighted_s.sum())
             return done
-        self._engine.backward(
+        self._backward(
             objective.share(forwarded.weighted_s, self._own(coefficients_B, last), forwarded.features_bX), last=True
         )
         self._record_penalty(objective)
@@ -190,7 +193,7 @@ class _StepRun:
             weights_s = weights(forwarded.losses_s, valid_s)
             numerators.append(coefficient_numerators(self._tokens[m], weights_s, self._normalization, factors_s))
             if m < last:  # the last one waits until all losses are known to be finite
-                self._engine.backward(objective.share(forwarded.weighted_s, numerators[m], None), last=False)
+                self._backward(objective.share(forwarded.weighted_s, numerators[m], None), last=False)
         batch = self._gather(losses=self._losses, numerators=numerators)
         total = batch.values["numerators"].sum().clamp(min=torch.finfo(torch.float64).tiny)
         used_B = batch.values["numerators"] / total
@@ -199,7 +202,7 @@ class _StepRun:
             if last > 0:
                 self._engine.abandon(forwarded.weighted_s.sum())
             return done
-        self._engine.backward(objective.share(forwarded.weighted_s, numerators[last], None), last=True)
+        self._backward(objective.share(forwarded.weighted_s, numerators[last], None), last=True)
         return done
 
     def whole_step(self) -> AccumulatedStep:
@@ -228,7 +231,7 @@ class _StepRun:
             else:
                 generators[m - num_kept].restore(self._device)
                 forwarded = self._forward(m)
-            self._engine.backward(
+            self._backward(
                 objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX),
                 last=m == last,
             )
@@ -238,7 +241,8 @@ class _StepRun:
     def _forward(self, m: int) -> Forwarded:
         """Forward one micro-batch; what the gather needs is noted the first time."""
         batch, split, tokens_s = self._batches[m], self._splits[m], self._tokens[m]
-        output = self._engine.forward(batch.tokens_bT, batch.labels_bT, batch.documents_bT)
+        with self._clock.phase("forward"):
+            output = self._engine.forward(batch.tokens_bT, batch.labels_bT, batch.documents_bT)
         token_losses_bT, features_bX, statistics_Y = (output, None, None) if isinstance(output, Tensor) else output
         token_losses_bT = token_losses_bT.float()
         count_s = tokens_s.clamp(min=1)
@@ -259,12 +263,23 @@ class _StepRun:
                 self._statistics.append(statistics_Y)
         return Forwarded(losses_s, weighted_s, token_weights_s, features_bX, statistics_Y)
 
+    def _backward(self, objective: Tensor, *, last: bool) -> None:
+        with self._clock.phase("backward"):
+            self._engine.backward(objective, last=last)
+
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:
             values["token_weights"] = self._token_weights
-        return gather_step(
-            self._batches, self._splits, self._tokens, values, signals=self._signals, sharing=self._sharing
-        )
+        with self._clock.phase("losses"):
+            return gather_step(
+                self._batches,
+                self._splits,
+                self._tokens,
+                values,
+                signals=self._signals,
+                sharing=self._sharing,
+                busy_s=self._clock.busy_s(),
+            )
 
     def _finish(
         self, batch: GlobalBatch, coefficients_B: Tensor | None, *, gradient_scale: Tensor | None = None
@@ -286,6 +301,9 @@ class _StepRun:
             recorder=self._recorder,
         )
         self._recorder.record("data/digest", batch.digest)
+        if len(batch.busy_W) > 1:
+            self._recorder.record("time/rank_spread", batch.busy_W.max() / batch.busy_W.median().clamp(min=1e-6))
+            self._recorder.record("time/slowest_rank", batch.busy_W.argmax())
         finite_B = torch.isfinite(context.losses_B)
         num_tokens = batch.tokens_B.sum()
         mean = (context.losses_B * batch.tokens_B).sum() / num_tokens
@@ -301,7 +319,8 @@ class _StepRun:
         elif loss is not None:
             is_spike, reason = self._judge(loss)
         if not reason:
-            self._hooks.on_losses(context)
+            with self._clock.phase("hooks"):
+                self._hooks.on_losses(context)
         if coefficients_B is None:
             coefficients_B = self._coefficients(batch, context.weights_B)
         context.coefficients_B = coefficients_B

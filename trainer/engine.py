@@ -282,6 +282,22 @@ class Engine:
         """Whether DeepSpeed reports the norm of the gradient after the scale; bf16 at stage 0 reports it before."""
         return not hasattr(self._engine.optimizer, "loss_scale_config")
 
+    def seams(self) -> Iterator[tuple[str, Any, str]]:
+        """(phase, object, name of its method): where DeepSpeed reduces, clips and steps, for a breakdown of time."""
+        optimizer = self._engine.optimizer
+        yield "backward/reduce", self._engine, "_backward_epilogue"
+        for phase, owner, method in (
+            ("backward/reduce", optimizer, "reduce_ipg_grads"),  # stages 1 and 2, between the gradients
+            ("backward/reduce", optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+            ("optimizer/clip", self._engine, "clip_fp32_gradients"),
+            ("optimizer/clip", optimizer, "scaled_global_norm"),
+            ("optimizer/clip", optimizer, "unscale_and_clip_grads"),
+            ("optimizer/clip", optimizer, "check_overflow"),
+            ("optimizer/adam", self._adam, "step"),
+        ):
+            if hasattr(owner, method):
+                yield phase, owner, method
+
     def abandon(self, loss: Tensor) -> None:
         """Drop the gradients that earlier backwards of this step have left, on every rank.
 

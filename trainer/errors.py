@@ -48,5 +48,11 @@ class StorageError(EvenkeelError):
     exit_code = 6
 
 
+class OutOfMemoryError(EvenkeelError):
+    """A rank needs more memory than its device, or its process, may have: another configuration is needed."""
+
+    exit_code = 2
+
+
 PREEMPTED_EXIT_CODE = 75
 """The run was asked to stop, saved a checkpoint, and can be started again (EX_TEMPFAIL)."""

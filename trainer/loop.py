@@ -37,6 +37,7 @@ from trainer.evaluate import EvaluationConfig, evaluate
 from trainer.global_batch import Signals
 from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
+from trainer.profiling import StepProfiler
 from trainer.spikes import SpikeConfig, SpikeWatch
 from trainer.telemetry import StepTelemetry
 from trainer.train_state import TrainState
@@ -140,6 +141,7 @@ class Trainer:
     checkpoint: CheckpointConfig
     store: CheckpointStore
     telemetry: StepTelemetry
+    profiler: StepProfiler
     write: Callable[[Sequence[Mapping[str, Any]]], None]
     """Takes finished rows of metrics, on every rank; only rank 0 need do something."""
     state: TrainState
@@ -159,6 +161,7 @@ class Trainer:
             // (self.config.micro_batch_size * self.engine.config.data_parallel(ranks.world_size())),
             samples_per_row=self.run.samples_per_row,
             device=self.run.device,
+            clock=self.telemetry.clock,
         )
         self._spikes = SpikeWatch(self.config.spikes, self.state)
         self._phase = -1  # the one that hooks know
@@ -181,16 +184,19 @@ class Trainer:
                 self.store.leave()
             # After an error other ranks may be gone: hooks are told, and nothing here may wait for anybody.
             self.hooks.on_stop(reason)
+            self.profiler.close()
 
     def _steps(self, batches: Iterator[list[MicroBatch]]) -> StopReason:
         state, config = self.state, self.config
         while state.step < config.steps:
+            self.profiler.start_step(state.step + 1)
             self.telemetry.start_step()
             micro_batches = next(batches)
             self.telemetry.data_is_here()
             self._enter_phase()
 
             signals = self._step(micro_batches)
+            self.profiler.end_step(state.step)
             last = signals.stop or state.step == config.steps
             if last or state.skipped_in_a_row or state.step % config.write_every == 0:
                 self.write(self.telemetry.flush())
@@ -215,7 +221,7 @@ class Trainer:
 
     def _step(self, micro_batches: Sequence[MicroBatch]) -> Signals:
         """One optimizer step. Returns what ranks had to tell."""
-        state = self.state
+        state, clock = self.state, self.telemetry.clock
         learning_rate = self.learning_rate(state.applied_steps)
         accumulated = self._accumulator.run(
             micro_batches,
@@ -229,12 +235,15 @@ class Trainer:
             result = StepResult(applied=False, reason=accumulated.skip_reason)
             grad_norm: Tensor | float = math.nan
         else:
-            self.hooks.before_step(accumulated.context)
-            applied, grad_norm = self.engine.step(learning_rate, accumulated.gradient_scale)
+            with clock.phase("hooks"):
+                self.hooks.before_step(accumulated.context)
+            with clock.phase("optimizer"):
+                applied, grad_norm = self.engine.step(learning_rate, accumulated.gradient_scale)
             result = StepResult(applied=applied, reason="" if applied else "gradient is not finite")
             if applied:
                 self._accumulator.budget.settle()
-        self.hooks.after_step(accumulated.context, result)
+        with clock.phase("hooks"):
+            self.hooks.after_step(accumulated.context, result)
 
         state.step += 1
         state.samples += self.config.global_batch_size

@@ -15,40 +15,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import ranks
+from trainer import phases, ranks
+from trainer.gpu_peaks import peak_flops
 from trainer.hooks import StepContext, StepResult
 from trainer.metrics import MetricBuffer
+from trainer.phases import OTHER, Marks, PhaseClock
 from trainer.train_state import TrainState
 
 _EMA_DECAY = 0.98  # of `loss/ema`: a display aid with a memory of about 50 steps
-
-# Dense bf16 peak in FLOP/s, without sparsity, from the makers' data sheets. First match by name wins.
-_PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12))
 
 
 class StepTelemetry:
     """Records one row of metrics a step."""
 
     def __init__(
-        self, state: TrainState, domain_names: Sequence[str], *, flops_per_token: float, device: torch.device
+        self,
+        state: TrainState,
+        domain_names: Sequence[str],
+        *,
+        flops_per_token: float,
+        precision: str,
+        device: torch.device,
     ) -> None:
         """`flops_per_token`: model FLOPs of forward and backward for one target token, for MFU."""
         self.buffer = MetricBuffer()
         self._domain_names = tuple(domain_names)
         self._flops_per_token = flops_per_token
-        self._peak_flops = _peak_flops(device)
+        self._peak_flops = peak_flops(device, precision)
         self._device = device
+        self.clock = PhaseClock(device)
+        self._marks: list[Marks] = []
         self._tokens = torch.tensor(float(state.tokens), dtype=torch.float64, device=device)
         self._loss_ema = self._average_in(state)
-        self._began = self._data_s = 0.0
+        self._began = 0.0
 
     def start_step(self) -> None:
         """The step's clock starts, before data is asked for."""
         self._began = time.perf_counter()
+        self.clock.start()
 
     def data_is_here(self) -> None:
         """The micro-batches have arrived."""
-        self._data_s = time.perf_counter() - self._began
+        self.clock.switch(OTHER)
 
     def record_step(
         self,
@@ -85,7 +93,10 @@ class StepTelemetry:
 
     def flush(self) -> list[dict[str, Any]]:
         """Rows of all steps since the last flush, as host numbers."""
-        return self.buffer.flush()
+        rows, marks = self.buffer.flush(), self._marks
+        self._marks = []
+        # The flush has waited for the device, so all of its events have happened.
+        return [row | phases.metrics(of_step) for row, of_step in zip(rows, marks, strict=True)]
 
     def store_totals(self, state: TrainState) -> None:
         """Bring the running totals, which live on the device, into what a checkpoint saves."""
@@ -111,21 +122,14 @@ class StepTelemetry:
 
     def _record_speed(self, num_tokens: Tensor) -> None:
         step_s = time.perf_counter() - self._began
+        self._marks.append(self.clock.stop())
         tokens_per_s = num_tokens / step_s
         record = self.buffer.record
         record("time/step_s", step_s)
-        record("time/data_s", self._data_s)
         record("tokens_per_s", tokens_per_s)
-        record("mfu", tokens_per_s * self._flops_per_token / (self._peak_flops * ranks.world_size()))
+        if self._peak_flops is not None:
+            record("mfu", tokens_per_s * self._flops_per_token / (self._peak_flops * ranks.world_size()))
         record("memory/gib", _peak_memory_bytes(self._device) / 2**30)
-
-
-def _peak_flops(device: torch.device) -> float:
-    """Peak of the accelerator, or NaN (so that MFU is null) where it is not known: on CPUs, for one."""
-    if device.type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_FLOPS if key in name), math.nan)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

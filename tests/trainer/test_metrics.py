@@ -18,7 +18,6 @@ from trainer.errors import ConfigError, StorageError
 from trainer.metrics import JsonlLog, MetricBuffer, read_jsonl
 from trainer.progress import ProgressDisplay, figures
 from trainer.run_summary import summarize, summary_table
-from trainer.wandb_sink import WandbConfig, WandbSink, run_id
 
 
 def test_values_come_out_as_they_went_in() -> None:
@@ -186,63 +185,3 @@ def test_compare_tells_equal_from_close_from_different(tmp_path: Path, capsys: p
     assert run_command(compare.main, [str(a), str(close), "--rtol", "1e-6"]) == 0
     assert run_command(compare.main, [str(a), str(short)]) == 1
     assert run_command(compare.main, [str(a), str(tmp_path / "none")]) == 2
-
-
-def sink_rows(run_dir: Path, config: WandbConfig) -> float:
-    """Copy some rows; returns the seconds the caller spent."""
-    begin = time.monotonic()
-    sink = WandbSink(
-        config, run_dir=run_dir, run_name="test", resolved_config={"seed": 1}, domain_names=("prose", "code")
-    )
-    for step in range(1, 4):
-        row = {
-            "step": step, "loss": 1.0 / step, "mfu": None, "moe/layer0/bias": [step / 8, 0.5, None],
-            "moe/layer0/domain_loads": [[1, step], [3, None]], "moe/loads": [[1.5, step], [0.25, None]],
-        }  # fmt: skip
-        JsonlLog(run_dir / "metrics.jsonl").append([row])
-        sink.log(row)
-    spent = time.monotonic() - begin
-    sink.close(30)
-    return spent
-
-
-def test_wandb_offline_writes_a_real_run(tmp_path: Path) -> None:
-    assert sink_rows(tmp_path, WandbConfig()) < 1
-    (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")
-    (record,) = run.glob("*.wandb")
-    deadline = time.monotonic() + 30
-    while b"moe/layer0/bias/course" not in record.read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.1)  # W&B's own process may still be writing when finish returns
-    assert b"loss" in record.read_bytes()
-    charts = {path: json.loads(path.read_text()) for path in run.rglob("*.plotly.json")}
-    heats = {str(path): data["data"][0] for path, data in charts.items() if data["data"][0]["type"] == "heatmap"}
-    assert len(heats) == 6, "two matrices, three steps"
-    for path, heat in heats.items():
-        assert heat["y"] == (["prose", "code"] if "domain_loads" in path else ["0", "1"])
-        assert heat["z"][0][0] == (1 if "domain_loads" in path else 1.5)
-        assert heat["z"][1][1] is None
-    (course,) = (data["data"] for path, data in charts.items() if "course" in str(path))
-    assert [line["y"] for line in course] == [[0.125, 0.25, 0.375], [0.5] * 3, [None] * 3]
-    assert [line["x"] for line in course] == [[1, 2, 3]] * 3
-    assert b"moe/layer0/bias/course" in record.read_bytes()
-    assert not [path for path in run.rglob("*") if path.suffix in {".py", ".patch"}], "no code is taken along"
-
-
-def test_wandb_that_cannot_be_reached_costs_training_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    logging.getLogger("evenkeel").propagate = True
-    with caplog.at_level(logging.WARNING, logger="evenkeel"):
-        assert sink_rows(tmp_path, WandbConfig(mode="online")) < 1
-    warnings = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
-    assert len(warnings) == 1
-    assert "training goes on" in warnings[0]
-    assert "0" * 40 not in warnings[0]
-
-
-def test_wandb_disabled_starts_nothing(tmp_path: Path) -> None:
-    sink_rows(tmp_path, WandbConfig(mode="disabled"))
-    assert not (tmp_path / "wandb").exists()

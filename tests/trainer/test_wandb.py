@@ -1,0 +1,203 @@
+"""The copy in W&B: what offline files and a server really get, and that no server can hurt a run."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.wandb_files import config_of, records, values_of
+from tests.wandb_server import WandbServer, wandb_server
+from trainer.errors import NumericError
+from trainer.metrics import JsonlLog
+from trainer.wandb_sink import ID_FILE, WandbConfig, WandbSink, end_service, run_id
+
+CONFIG = {
+    "seed": 1,
+    "data": {"path": "/home/me/text", "vocab_size": 8},
+    "hooks": {"mine": {"api_key": "feedc0de", "rate": 1}},
+}
+SHOWN = {"seed": 1, "data": {"vocab_size": 8}, "hooks": {"mine": {"rate": 1}}}
+KEY = "0123456789" * 4
+
+
+@pytest.fixture(autouse=True)
+def fresh_service() -> Iterator[None]:
+    """W&B reads the environment once in the life of its service."""
+    end_service()
+    yield
+    end_service()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with wandb_server() as server:
+        for name, value in online(server.url).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def online(url: str) -> dict[str, str]:
+    return {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+
+
+def sink_rows(run_dir: Path, config: WandbConfig, steps: Sequence[int] = (1, 2, 3)) -> float:
+    """Copy some rows; returns the seconds the caller spent."""
+    begin = time.monotonic()
+    sink = WandbSink(config, run_dir=run_dir, run_name="test", resolved_config=CONFIG, domain_names=("prose", "code"))
+    for step in steps:
+        documents = [{"sample": n, "loss": 1.0, "weight": 9.0 - n, "text": "dear diary"} for n in range(9)]
+        row = {
+            "step": step, "loss": 1.0 / step, "mfu": None, "moe/layer0/bias": [step / 8, 0.5, None],
+            "moe/layer0/domain_loads": [[1, step], [3, None]], "moe/loads": [[1.5, step], [0.25, None]],
+            "eval/loss": [9.0, 2.0, 4.0][step - 1], "eval/maxvio_global": step / 10, "reweight/documents": documents,
+        }  # fmt: skip
+        JsonlLog(run_dir / "metrics.jsonl").append([row])
+        sink.log(row)
+    spent = time.monotonic() - begin
+    sink.close(30)
+    return spent
+
+
+def offline_run(run_dir: Path) -> Path:
+    (found,) = (run_dir / "wandb").glob(f"offline-run-*-{run_id(run_dir)}")
+    (file,) = found.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    while not any(record.HasField("exit") for record in records(file)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's own process may still be writing when finish returns
+    return found
+
+
+def test_offline_files_hold_what_was_logged(tmp_path: Path) -> None:
+    config = WandbConfig(media_every_s=0, group="grid", tags=("a", "b"), job_type="ablation", table_rows=4)
+    assert sink_rows(tmp_path, config) < 1
+    folder = offline_run(tmp_path)
+    found = records(next(folder.glob("*.wandb")))
+    (started,) = [record.run for record in found if record.HasField("run")]
+    assert (started.run_id, started.run_group, started.job_type, list(started.tags)) == (
+        run_id(tmp_path), "grid", "ablation", ["a", "b"],
+    )  # fmt: skip
+    assert config_of(started) == SHOWN
+    history = [values_of(record.history.item) for record in found if record.HasField("history")]
+    assert [row["eval/loss"] for row in history if "eval/loss" in row] == [9.0, 2.0, 4.0]
+    summary = {key: value for record in found for key, value in values_of(record.summary.update).items()}
+    defined = {record.metric.name: record.metric for record in found if record.HasField("metric")}
+    assert defined["eval/loss"].summary.min
+    assert defined["eval/loss"].step_metric == "step"
+    assert summary["best/eval_loss"] == 2.0
+    assert summary["best/step"] == 2
+    assert summary["final/maxvio_global"] == pytest.approx(0.3)
+
+    charts = {path: json.loads(path.read_text()) for path in folder.rglob("*.plotly.json")}
+    heats = {str(path): data["data"][0] for path, data in charts.items() if data["data"][0]["type"] == "heatmap"}
+    assert len(heats) == 6, "two matrices, three steps"
+    for path, heat in heats.items():
+        assert heat["y"] == (["prose", "code"] if "domain_loads" in path else ["0", "1"])
+        assert heat["z"][0][0] == (1 if "domain_loads" in path else 1.5)
+        assert heat["z"][1][1] is None
+    (course,) = (data["data"] for path, data in charts.items() if "course" in str(path))
+    assert [line["y"] for line in course] == [[0.125, 0.25, 0.375], [0.5] * 3, [None] * 3]
+    table = json.loads(next(folder.rglob("*.table.json")).read_text())
+    assert table["columns"] == ["sample", "loss", "weight"], "no text unless it is asked for"
+    assert [line[0] for line in table["data"]] == [0, 1, 7, 8], "the heaviest and the lightest"
+
+
+def test_nothing_private_is_recorded(tmp_path: Path) -> None:
+    sink_rows(tmp_path, WandbConfig())
+    folder = offline_run(tmp_path)
+    content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts)
+    for private in (
+        b"/home/me/text",
+        b"feedc0de",
+        b"dear diary",
+        os.uname().nodename.encode() + b'"',
+        b"pytest",
+        sys.executable.encode(),
+    ):
+        assert private not in content, private
+    assert not [path for path in folder.rglob("*") if path.suffix in {".py", ".patch", ".txt", ".diff"}]
+
+
+def test_heat_maps_come_seldom_but_the_last_one_comes(tmp_path: Path) -> None:
+    sink_rows(tmp_path, WandbConfig(media_every_s=3600))
+    heats = [json.loads(path.read_text())["data"][0] for path in offline_run(tmp_path).rglob("*loads*.plotly.json")]
+    assert sorted(heat["z"][0][1] for heat in heats) == [1, 1, 3, 3], "of each, the first and the last of three"
+
+
+def test_a_server_gets_the_run_once_whatever_happens_to_the_job(tmp_path: Path, server: WandbServer) -> None:
+    config = WandbConfig(mode="online", media_every_s=3600)
+    sink_rows(tmp_path, config, (1, 2))
+    name = run_id(tmp_path)
+    assert [row["step"] for row in server.history(name) if "loss" in row] == [1, 2]
+    assert server.summary(name)["eval/loss"] == {"min": 2.0}
+    sink_rows(tmp_path, config, (3,))
+    assert (tmp_path / ID_FILE).read_text().strip() == name
+    assert list(server.buckets) == [name], "started again, it is the same run"
+    assert [row["step"] for row in server.history(name) if "loss" in row] == [1, 2, 3]
+    # W&B's own minimum forgets what came before a restart; ours is taken from the record.
+    assert server.summary(name)["best/eval_loss"] == 2.0
+    assert server.config(name) == SHOWN
+    sent = json.dumps([server.buckets, {k: dict(v) for k, v in server.streams.items()}], default=str)
+    for private in ("/home/me", "feedc0de", "dear diary", os.uname().nodename, "test_wandb.py"):
+        assert private not in sent, private
+    assert any(path.endswith(".plotly.json") for path in server.files)
+    assert any(path.endswith(".table.json") for path in server.files)
+
+
+def test_alerts_reach_the_server_and_are_rate_limited(tmp_path: Path, server: WandbServer) -> None:
+    sink = WandbSink(WandbConfig(mode="online"), run_dir=tmp_path, run_name="test", resolved_config={})
+    for step in range(1, 101):
+        sink.log({"step": step, "loss": 9.0 if step in (80, 90) else 2.0 + 0.01 * (step % 3), "moe/dead_experts": 2})
+    sink.alert("slow rank", "rank 3 (node-b)")
+    sink.close(30, error=NumericError("balance certificate, step 7: a bias is not float32"))
+    found = {(alert["title"], alert["severity"]): alert["text"] for alert in server.alerts}
+    assert found[("loss spike", "WARN")].startswith("step 80: loss 9.0000, lately 2.0")
+    assert found[("dead experts", "WARN")] == "step 30: 2 experts without a token; 30 steps now"
+    assert found[("slow rank", "WARN")] == "rank 3 (node-b)"
+    assert found[("balance certificate failed", "ERROR")].endswith("a bias is not float32")
+    assert len(server.alerts) == len(found) == 4, "the second spike, and later reports of dead experts, are held back"
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
+
+
+def test_a_server_that_refuses_costs_training_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in online("http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    logging.getLogger("evenkeel").propagate = True
+    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+        assert sink_rows(tmp_path, WandbConfig(mode="online")) < 1
+    (warning,) = messages(caplog)
+    assert "training goes on" in warning
+    assert KEY not in warning
+    assert offline_run(tmp_path), "the copy is kept for later"
+
+
+def test_rows_that_find_no_place_are_counted_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, server: WandbServer
+) -> None:
+    monkeypatch.setattr("trainer.wandb_sink._QUEUE_ROWS", 5)
+    server.mood = "stalling"
+    logging.getLogger("evenkeel").propagate = True
+    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+        sink = WandbSink(WandbConfig(mode="online"), run_dir=tmp_path, run_name="test", resolved_config={})
+        begin = time.monotonic()
+        for step in range(50):
+            sink.log({"step": step, "loss": 1.0})
+        assert time.monotonic() - begin < 0.5
+        sink.close(0.5)
+    (warning,) = messages(caplog)
+    assert "was too slow: 50 rows are missing there" in warning, "45 had no place, 5 never left it"
+
+
+def test_disabled_starts_nothing(tmp_path: Path) -> None:
+    sink_rows(tmp_path, WandbConfig(mode="disabled"))
+    assert not (tmp_path / "wandb").exists()
+    assert not (tmp_path / ID_FILE).exists()
