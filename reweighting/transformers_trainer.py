@@ -57,7 +57,9 @@ class ReweightedLoss:
     Raises ConfigError for settings whose loss would silently be another one.
     """
 
-    loss_is_scaled_for_ga = True  # the factors are normalised over the whole step: nothing is to be divided any more
+    loss_is_scaled_for_ga: bool | None = (
+        True  # the factors are normalised over the whole step: nothing is to be divided any more
+    )
 
     def __init__(self, *args: Any, weigher: SampleWeigher, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -136,8 +138,8 @@ class _Steps(TrainerCallback):
         if _STATE in state.stateful_callbacks:
             self._weigher.load_state_dict(state.stateful_callbacks[_STATE])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        self._weigher.step(applied=not getattr(optimizer, "step_was_skipped", False))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._weigher.step(applied=not getattr(kwargs["optimizer"], "step_was_skipped", False))
 
 
 def _forward(model: Any, inputs: Any) -> tuple[Tensor, Tensor, Any]:
