@@ -46,6 +46,8 @@ class BalanceExperts(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start counting, from the checkpoint's state if there is one."""
+        if self.balancer is not None:  # training begins again, with another batch size for instance
+            self.balancer.close()
         self.balancer = BiasBalancer(kwargs["model"], **self._arguments)
         if state.global_step:
             saved = self.saved or _attributes(state.stateful_callbacks.get(type(self).__name__)).get("saved")
