@@ -163,7 +163,6 @@ class SampleWeigher:
 def _gather(losses_S: Tensor, tokens_S: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Losses (float64) and tokens of all ranks, [B], where this rank's samples are among them, [S], and how many ranks.
 
-
     Ranks with fewer samples are filled up with samples without tokens, which enter nothing.
     """
     most = int(ranks.all_reduce_(torch.tensor(len(losses_S), device=losses_S.device), "max"))
