@@ -39,14 +39,16 @@ class BalanceExperts(TrainerCallback, ExportableState):
         self.last: StepLoads | None = None
         self.saved: dict[str, Any] = {}
 
-    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the biases exact before an engine casts or shards the model."""
-        for router in find_routers(model):
+        for router in find_routers(kwargs["model"]):
             keep_exact(router)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start counting, from the checkpoint's state if there is one."""
-        self.balancer = BiasBalancer(model, **self._arguments)
+        if self.balancer is not None:  # training begins again, with another batch size for instance
+            self.balancer.close()
+        self.balancer = BiasBalancer(kwargs["model"], **self._arguments)
         if state.global_step:
             saved = self.saved or _attributes(state.stateful_callbacks.get(type(self).__name__)).get("saved")
             if saved:
@@ -56,15 +58,16 @@ class BalanceExperts(TrainerCallback, ExportableState):
                     "the checkpoint has no state of BalanceExperts: biases are the model's, the rule starts anew"
                 )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One optimizer step is over, over all micro-batches."""
         assert self.balancer is not None
         # False too for an optimizer that is not Accelerate's: it cannot skip.
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
         self.last = self.balancer.step(applied=not skipped)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the balance of the last step to what is logged."""
+        logs: dict[str, float] = kwargs["logs"]
         if self.last is not None and "loss" in logs:
             logs["moe/maxvio"] = float(self.last.max_violation)
             state.log_history[-1]["moe/maxvio"] = logs["moe/maxvio"]

@@ -89,6 +89,10 @@ class SampleWeigher:
         self._applied_steps = 0
         self._step: StepContext | None = None
 
+    def start(self, *, total_steps: int) -> None:
+        """A run of `total_steps` begins, or goes on; a step that was broken off is forgotten."""
+        self.total_steps, self._step = total_steps, None
+
     @torch.no_grad()
     def weigh(self, losses_S: Tensor, tokens_S: Tensor) -> Tensor:
         """The factor of each of this rank's samples, float32 [S], in the order given. Call it on every rank.
@@ -107,7 +111,7 @@ class SampleWeigher:
             raise ConfigError(
                 "weigher: weigh was called twice for one step; call step(applied=...) after the optimizer"
             )
-        losses_B, tokens_B, own_S = _gather(losses_S.detach(), tokens_S)
+        losses_B, tokens_B, own_S, world_size = _gather(losses_S.detach(), tokens_S)
         self.metrics = {}
         zeros_B = torch.zeros_like(tokens_B)
         step = StepContext(
@@ -124,7 +128,7 @@ class SampleWeigher:
         self._step = replace(step, coefficients_B=coefficients_B)
         self.record("loss", (step.losses_B * tokens_B).sum() / tokens_B.sum().clamp(min=1))
         self.record("loss/weighted", (coefficients_B * step.losses_B).sum())
-        return (coefficients_B[own_S] * ranks.world_size()).float()
+        return (coefficients_B[own_S] * world_size).float()
 
     def step(self, *, applied: bool) -> None:
         """The optimizer has moved, or skipped the step, which then leaves no trace in running statistics and schedules.
@@ -156,8 +160,8 @@ class SampleWeigher:
         self._hook.load_state_dict(own)
 
 
-def _gather(losses_S: Tensor, tokens_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (float64) and tokens of all ranks, [B], and where this rank's samples are among them, [S].
+def _gather(losses_S: Tensor, tokens_S: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Losses (float64) and tokens of all ranks, [B], where this rank's samples are among them, [S], and how many ranks.
 
     Ranks with fewer samples are filled up with samples without tokens, which enter nothing.
     """
@@ -166,7 +170,7 @@ def _gather(losses_S: Tensor, tokens_S: Tensor) -> tuple[Tensor, Tensor, Tensor]
     all_W2S = ranks.all_gather(F.pad(own_2S, (0, most - len(losses_S))))
     own = ranks.rank() * most if ranks.is_distributed() else 0
     losses_B, tokens_B = all_W2S.transpose(0, 1).flatten(1)
-    return losses_B, tokens_B.long(), torch.arange(own, own + len(losses_S), device=losses_S.device)
+    return losses_B, tokens_B.long(), torch.arange(own, own + len(losses_S), device=losses_S.device), len(all_W2S)
 
 
 def _run_context(total_steps: int, device: torch.device) -> RunContext:

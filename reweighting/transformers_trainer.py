@@ -57,7 +57,8 @@ class ReweightedLoss:
     Raises ConfigError for settings whose loss would silently be another one.
     """
 
-    loss_is_scaled_for_ga = True  # the factors are normalised over the whole step: nothing is to be divided any more
+    # The factors are normalised over the whole step: the Trainer is not to divide by the number of micro-batches.
+    loss_is_scaled_for_ga: bool | None = True
 
     def __init__(self, *args: Any, weigher: SampleWeigher, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,7 +67,7 @@ class ReweightedLoss:
         self.add_callback(_Steps(weigher))  # type: ignore[attr-defined]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetch the micro-batches of a step and, if there are several, weigh their samples at once."""
+        """Fetch the micro-batches of a step and, if there are several, let them know of each other."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         # The first pass itself waits for the first training step: resuming, the Trainer restores random states between.
         if len(batches) > 1:
@@ -132,12 +133,12 @@ class _Steps(TrainerCallback):
         self._weigher = weigher
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._weigher.total_steps = state.max_steps
+        self._weigher.start(total_steps=state.max_steps)
         if _STATE in state.stateful_callbacks:
             self._weigher.load_state_dict(state.stateful_callbacks[_STATE])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        self._weigher.step(applied=not getattr(optimizer, "step_was_skipped", False))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._weigher.step(applied=not getattr(kwargs["optimizer"], "step_was_skipped", False))
 
 
 def _forward(model: Any, inputs: Any) -> tuple[Tensor, Tensor, Any]:
@@ -159,6 +160,9 @@ def _refuse(trainer: Any) -> None:
         "use_liger_kernel, which gives no logits": args.use_liger_kernel,
         "several GPUs in one process; start it with torchrun": args.n_gpu > 1,
         "model.config.output_router_logits, an auxiliary loss": getattr(config, "output_router_logits", False),
+        "tensor, context or sequence parallelism: ranks must hold different samples": any(
+            getattr(trainer, f"get_{kind}_size", lambda: 1)() > 1 for kind in ("tp", "cp", "sp")
+        ),
         "a model that is not causal": not getattr(trainer, "_loss_shifts_labels", True),
         "a Trainer without loss_is_scaled_for_ga; update transformers": not hasattr(Trainer, "loss_is_scaled_for_ga"),
     }

@@ -239,49 +239,65 @@ def test_a_job_goes_back_into_the_queue_only_where_that_helps(
     assert (tmp_path / "scontrol").exists() == requeued
 
 
-def test_a_slurm_job_trains_saves_at_the_time_limit_and_goes_on(
+class SlurmJob:
+    """A generated script of two nodes, started as Slurm starts it."""
+
+    def __init__(
+        self, folder: Path, data: DataConfig, on_path: dict[str, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.steps, self.run_dir = 150, folder / "run"
+        config = tiny_config(
+            folder, data, train={"steps": self.steps}, evaluation={"every": 0}, checkpoint={"every": 0}
+        )
+        self._script, self._env = folder / "job.sh", on_path
+        words = ["slurm", str(config), *CPU, "--port", str(free_port()), "--out", str(self._script)]
+        assert written(capsys, *words) == ""
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        pipe, env = subprocess.PIPE, environment(**self._env, **env)
+        return subprocess.Popen(["bash", self._script], env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def run_into_the_time_limit(self) -> int:
+        """Train until Slurm's warning comes, to the batch shell alone; the number of steps saved."""
+        job = self.start()
+        deadline = time.monotonic() + 120
+        while not ((self.run_dir / "metrics.jsonl").exists() and len(rows(self.run_dir)) > 3):
+            assert job.poll() is None, job.communicate()[1][-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode == 75, err[-3000:]
+        assert "exit code 75: back into the queue" in out
+        saved = len(losses(self.run_dir))
+        assert (self.run_dir / "checkpoints" / f"step-{saved:08d}" / "MANIFEST.json").exists()
+        return saved
+
+
+def test_a_slurm_job_trains_and_saves_at_the_time_limit(
     tmp_path: Path, data_config: DataConfig, on_path: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = 150
-    config = tiny_config(
-        tmp_path, data_config, train={"steps": steps}, evaluation={"every": 0}, checkpoint={"every": 0}
-    )
-    script = tmp_path / "job.sh"
-    assert written(capsys, "slurm", str(config), *CPU, "--port", str(free_port()), "--out", str(script)) == ""
-
-    def start(**env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", script],
-            env=environment(**on_path, **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    run_dir = tmp_path / "run"
-    job = start()
-    deadline = time.monotonic() + 120
-    while not ((run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 3):
-        assert job.poll() is None, job.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)  # Slurm's warning, to the batch shell alone
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 75, err[-3000:]
-    assert "exit code 75: back into the queue" in out
+    job = SlurmJob(tmp_path, data_config, on_path, capsys)
+    saved = job.run_into_the_time_limit()
+    assert 0 < saved < job.steps
     assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
     assert (tmp_path / "scancel").read_text() == "--signal=TERM 17\n"
-    saved = len(losses(run_dir))
-    assert 0 < saved < steps
+    (start,) = [json.loads(line) for line in (job.run_dir / "health.jsonl").read_text().splitlines()]
+    assert start["ranks"] == 2
 
-    job = start(SLURM_RESTART_COUNT="1")
-    out, err = job.communicate(timeout=200)
-    assert job.returncode == 0, err[-3000:]
-    assert f"resumed from step {saved}" in (run_dir / "log.txt").read_text()
-    assert [row["step"] for row in rows(run_dir) if "loss" in row] == list(range(1, steps + 1))
+
+@pytest.mark.slow
+def test_a_requeued_slurm_job_goes_on_to_the_end(
+    tmp_path: Path, data_config: DataConfig, on_path: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = SlurmJob(tmp_path, data_config, on_path, capsys)
+    saved = job.run_into_the_time_limit()
+    again = job.start(SLURM_RESTART_COUNT="1")
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err[-3000:]
+    assert f"resumed from step {saved}" in (job.run_dir / "log.txt").read_text()
+    assert [row["step"] for row in rows(job.run_dir) if "loss" in row] == list(range(1, job.steps + 1))
     assert (tmp_path / "scontrol").read_text() == "requeue 17\n", "not again"
-    starts = [json.loads(line) for line in (run_dir / "health.jsonl").read_text().splitlines()]
-    assert [start["ranks"] for start in starts] == [2, 2]
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------------------------

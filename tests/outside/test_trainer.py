@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
+from moe.foreign_routers import find_routers
 from moe.transformers_callback import BalanceExperts
 from reweighting.outside import SampleWeigher
 from reweighting.transformers_trainer import ReweightedTrainer
@@ -104,6 +105,30 @@ def test_resumed_equals_unbroken(tmp_path: Path) -> None:
     assert bits(half) == {key: value[:4] for key, value in bits(unbroken).items()}
     assert bits(rest) == bits(unbroken, first=3)
     assert len(rest["loss"]) == 3
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_callback_alone_resumes_with_and_without_transformers_own_restoring(tmp_path: Path, restore: bool) -> None:
+    def biases(folder: str, steps: int, checkpoint: str | None = None) -> list[list[float]]:
+        torch.manual_seed(0)
+        model = tiny_model("minimax_m2")
+        if checkpoint is not None:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        args = TrainingArguments(
+            str(tmp_path / folder), per_device_train_batch_size=2, max_steps=steps, save_strategy="steps", save_steps=2,
+            report_to=[], use_cpu=True, disable_tqdm=True, restore_callback_states_from_checkpoint=restore,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        ids = torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(1))
+        balance = BalanceExperts(rule="smebu", rate=0.01, kappa=3.0)
+        Trainer(model, args, train_dataset=[{"input_ids": x, "labels": x} for x in ids], callbacks=[balance]).train(
+            resume_from_checkpoint=checkpoint
+        )
+        return [router.bias_E.tolist() for router in find_routers(model)]
+
+    unbroken = biases("whole", 4)
+    biases("broken", 2)
+    assert biases("broken", 4, str(tmp_path / "broken" / "checkpoint-2")) == unbroken
 
 
 @pytest.mark.slow

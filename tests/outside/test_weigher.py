@@ -126,3 +126,5 @@ def test_misuse_is_refused() -> None:
     weigher.weigh(LOSSES, TOKENS)
     with pytest.raises(ConfigError, match="called twice for one step"):
         weigher.weigh(LOSSES, TOKENS)
+    weigher.start(total_steps=9)
+    weigher.weigh(LOSSES, TOKENS)
