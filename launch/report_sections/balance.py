@@ -37,7 +37,7 @@ def balance(runs: Sequence[RunRecord]) -> Section | None:
         )  # fmt: skip
     if any("moe/duality_gap" in run.evals for _, run in measured):
         charts.append(_gap(runs, measured))
-    return Section("Balance of the experts", " ".join(filter(None, (_certificate(runs), _dead(runs)))), charts)
+    return Section("Expert balance", " ".join(filter(None, (_certificate(runs), _dead(runs)))), charts)
 
 
 def _certificate(runs: Sequence[RunRecord]) -> str:

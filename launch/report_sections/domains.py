@@ -39,7 +39,7 @@ def domains(runs: Sequence[RunRecord]) -> Section | None:
         items.append(_shares(runs))
     if not items:
         return None
-    return Section("Domains and data", "What the text is made of, and how the model does on each part of it.", items)
+    return Section("Domains", "What the text is made of, and how the model does on each part of it.", items)
 
 
 def _perplexities(runs: Sequence[RunRecord]) -> Table:

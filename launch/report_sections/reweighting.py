@@ -39,7 +39,7 @@ def reweighting(runs: Sequence[RunRecord]) -> Section | None:
         items += [_histograms(runs, kept, "loss"), _histograms(runs, kept, "weight"), _against_loss(runs, recorded)]
     items += [table for i, run in weighed for table in _documents(runs, i)][: 2 * _TABLES]
     return Section(
-        "Weights of samples",
+        "Sample weights",
         "Each optimizer step gives every sample of its global batch a weight from its loss; a weight of 1 (times B) is "
         "that of a plain mean.",
         items,
