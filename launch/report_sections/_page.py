@@ -158,7 +158,7 @@ def _spark(values: Sequence[float]) -> str:
 
 
 def _axes(run: RunRecord) -> dict[str, list[float | None]]:
-    """Steps, tokens and hours of a run at as many points as its lines need."""
+    """Steps, and tokens and hours if they are known, of a run at as many points as its lines need."""
     count = run.steps.count
     keep = (
         np.unique(np.linspace(0, count - 1, min(count, _AXIS_POINTS)).round().astype(int))
@@ -166,7 +166,8 @@ def _axes(run: RunRecord) -> dict[str, list[float | None]]:
         else np.zeros(0, int)
     )
     columns = {"step": run.steps["step"], "tokens": run.steps["tokens"], "hours": run.hours}
-    return {name: [0.0, *digits(values[keep], 8)] for name, values in columns.items()}
+    known = {name: values for name, values in columns.items() if np.isfinite(values).all() and values[-1:].any()}
+    return {name: [0.0, *digits(values[keep], 8)] for name, values in known.items()}
 
 
 def _plain(chart: Chart) -> dict[str, object]:
