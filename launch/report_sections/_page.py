@@ -15,10 +15,9 @@ _AXIS_POINTS = 2000
 _NUMBER = re.compile(r"[-+<]?[\d.,]+|–")
 _THEME = "document.documentElement.dataset.theme=matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light'"
 _FOOT = (
-    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is "
-    "shown it reaches from "
-    "the least to the largest value of each stretch. Sliders and tables show an even selection, first and last always "
-    "among it. Drag in a chart to zoom, double-click to go back."
+    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is shown it "
+    "reaches from the least to the largest value of each stretch. Sliders and tables show an even selection, first "
+    "and last always among it. Drag in a chart to zoom, double-click to go back."
 )
 
 

@@ -63,9 +63,8 @@ def _ess(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) ->
         )])]  # fmt: skip
     return Chart(
         "Effective sample size",
-        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 "
-        "most of a batch "
-        "is work thrown away.",
+        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 most "
+        "of a batch is work thrown away.",
         views, {"yaxis": axis("", rangemode="tozero")}, direct=len(runs) > 1,
     )  # fmt: skip
 
