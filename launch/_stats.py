@@ -146,7 +146,9 @@ def _bars(title: str, note: str, unit: str, found: Sequence[DomainStats], **seri
          "marker": {"color": color_of(i)}}
         for i, (name, values) in enumerate(series.items())
     ]  # fmt: skip
-    return Chart(title, note, [View(traces)], {"yaxis": axis(unit), "xaxis": axis(""), "barmode": "group"})
+    return Chart(
+        title, note, [View(traces)], {"yaxis": axis(unit, rangemode="tozero"), "xaxis": axis(""), "barmode": "group"}
+    )
 
 
 def _lengths(stream: Stream, found: Sequence[DomainStats]) -> Chart:
@@ -161,7 +163,7 @@ def _lengths(stream: Stream, found: Sequence[DomainStats]) -> Chart:
     row = stream.config.train.sequence_length
     mark = {"type": "line", "x0": row, "x1": row, "yref": "paper", "y0": 0, "y1": 1,
             "line": {"color": "--muted", "dash": "dot", "width": 1}}  # fmt: skip
-    layout = {"xaxis": axis("tokens", type="log"), "yaxis": axis("share of the documents"), "shapes": [mark]}
+    layout = {"xaxis": axis("tokens", type="log", dtick=1), "yaxis": axis("share of the documents"), "shapes": [mark]}
     note = f"Share of a domain's training documents in each range of lengths; dotted: one row of {row:,} tokens."
     return Chart("Lengths of documents", note, [View(traces)], layout, wide=True)
 

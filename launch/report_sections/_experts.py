@@ -124,9 +124,8 @@ def _specialisation(runs: Sequence[RunRecord], loaded: Sequence[tuple[int, Seque
                 views.append(View(labels=menu(runs, i, f"layer {layer}"), frames=frames))
     return Chart(
         "Experts and domains",
-        "How much of a domain's held-out text an expert takes, relative to an even share: a row without "
-        "colour is a domain "
-        "without specialists.",
+        "How much of a domain's held-out text an expert takes, relative to an even share: a row without colour is "
+        "a domain without specialists.",
         views, {"xaxis": axis("expert"), "yaxis": {"autorange": "reversed"}}, height=200 + _height(runs, loaded),
     )  # fmt: skip
 

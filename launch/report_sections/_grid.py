@@ -77,8 +77,7 @@ class GridRecord:
         complete = sum(len(self.complete(variant)) for variant in self.variants)
         return (
             f"{len(self.variants)} variants x {seeds} seed{'s' if seeds > 1 else ''}; {complete} of "
-            f"{len(self.plan)} runs "
-            f"are complete; baseline: {self.baseline or 'none'}."
+            f"{len(self.plan)} runs are complete; baseline: {self.baseline or 'none'}."
         )
 
 

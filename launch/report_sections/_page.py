@@ -15,10 +15,9 @@ _AXIS_POINTS = 2000
 _NUMBER = re.compile(r"[-+<]?[\d.,]+|–")
 _THEME = "document.documentElement.dataset.theme=matchMedia('(prefers-color-scheme: dark)').matches?'dark':'light'"
 _FOOT = (
-    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is "
-    "shown it reaches from "
-    "the least to the largest value of each stretch. Sliders and tables show an even selection, first and last always "
-    "among it. Drag in a chart to zoom, double-click to go back."
+    "A line of more than 1,000 points is drawn as means over stretches of equal length; where a band is shown it "
+    "reaches from the least to the largest value of each stretch. Sliders and tables show an even selection, first "
+    "and last always among it. Drag in a chart to zoom, double-click to go back."
 )
 
 
@@ -158,7 +157,7 @@ def _spark(values: Sequence[float]) -> str:
 
 
 def _axes(run: RunRecord) -> dict[str, list[float | None]]:
-    """Steps, tokens and hours of a run at as many points as its lines need."""
+    """Steps, and tokens and hours if they are known, of a run at as many points as its lines need."""
     count = run.steps.count
     keep = (
         np.unique(np.linspace(0, count - 1, min(count, _AXIS_POINTS)).round().astype(int))
@@ -166,7 +165,8 @@ def _axes(run: RunRecord) -> dict[str, list[float | None]]:
         else np.zeros(0, int)
     )
     columns = {"step": run.steps["step"], "tokens": run.steps["tokens"], "hours": run.hours}
-    return {name: [0.0, *digits(values[keep], 8)] for name, values in columns.items()}
+    known = {name: values for name, values in columns.items() if np.isfinite(values).all() and values[-1:].any()}
+    return {name: [0.0, *digits(values[keep], 8)] for name, values in known.items()}
 
 
 def _plain(chart: Chart) -> dict[str, object]:

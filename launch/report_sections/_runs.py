@@ -31,15 +31,8 @@ def over_runs(runs: Sequence[RunRecord], key: str, *, evaluations: bool = False,
     for color, name in enumerate(names):
         members = [i for i, run in enumerate(runs) if (run.variant or run.name) == name]
         if len(members) > 1:
-            traces += _seeds(
-                [runs[i] for i in members],
-                members[0],
-                key,
-                name,
-                color_of(color),
-                evaluations,
-                0.13 if len(names) < 5 else 0.07,
-            )
+            opacity = 0.13 if len(names) < 5 else 0.07
+            traces += _seeds(runs, members, key, name, color_of(color), evaluations, opacity)
             continue
         columns = runs[members[0]].evals if evaluations else runs[members[0]].steps
         if smooth:
@@ -65,22 +58,32 @@ def curve(x: Floats, y: Floats, name: str, run: int, color: str, **more: object)
 
 
 def _seeds(
-    runs: Sequence[RunRecord], number: int, key: str, name: str, color: str, evaluations: bool, opacity: float
+    runs: Sequence[RunRecord],
+    members: Sequence[int],
+    key: str,
+    name: str,
+    color: str,
+    evaluations: bool,
+    opacity: float,
 ) -> list[Trace]:
-    """Range and mean over seeds, as far as all of them have come."""
-    tables = [run.evals if evaluations else run.steps for run in runs]
-    lines = [_line(table, key, evaluations, len(tables[0]["step"])) for table in tables]
-    lines = [(x, y) for x, y in lines if len(x)]
+    """Range and mean over seeds, as far as all of them have come; a line each where they were measured at other steps.
+
+    `members`: numbers of the variant's runs.
+    """
+    tables = [runs[i].evals if evaluations else runs[i].steps for i in members]
+    lines = [(i, *_line(table, key, evaluations, tables[0].count)) for i, table in zip(members, tables, strict=True)]
+    lines = [(i, x, y) for i, x, y in lines if len(x)]
     if not lines:
         return []
-    length = min(len(x) for x, _ in lines)
-    if any(not np.array_equal(x[:length], lines[0][0][:length]) for x, _ in lines):  # runs of different cadence
+    number, first, _ = lines[0]
+    length = min(len(x) for _, x, _ in lines)
+    if any(not np.array_equal(x[:length], first[:length]) for _, x, _ in lines):
         return [
-            {**trace, "showlegend": i == 0, "legendgroup": name}
-            for i, (x, y) in enumerate(lines)
-            for trace in curve(x, y, name, number, color)
+            {**trace, "showlegend": run == number, "legendgroup": name}
+            for run, x, y in lines
+            for trace in curve(x, y, name, run, color)
         ]
-    x, table_SN = lines[0][0][:length], np.stack([y[:length] for _, y in lines])
+    x, table_SN = first[:length], np.stack([y[:length] for _, _, y in lines])
     edge: Trace = {"type": "scatter", "mode": "lines", "run": number, "x": digits(x, 8), "line": {"width": 0},
                    "showlegend": False, "hoverinfo": "skip"}  # fmt: skip
     return [

@@ -102,19 +102,17 @@ def what_can_be_said(pairs: int, comparisons: int) -> str:
     if pairs < 2:
         return (
             "One seed: there is no interval and no test. A difference between two runs of one seed may be noise; "
-            "run at "
-            "least three seeds."
+            "run at least three seeds."
         )
     least = 2 / 2**pairs
     covered = 1 - 2 ** (1 - pairs)
     distinct = math.comb(2 * pairs - 1, pairs)
     words = (
-        f"{pairs} paired seeds: the t interval and its test are exact if differences between seeds are normal, which "
-        f"{pairs} values cannot show. The bootstrap assumes less and claims more than it can: it has "
-        f"{distinct:,} distinct "
-        "resamples and lies within the least and largest difference, so it holds the true one at most "
-        f"{100 * covered:.3g} % of "
-        f"the time, not 95 %. A test without the assumption (flipping signs) cannot go below p = {least:.2g}."
+        f"{pairs} paired seeds: the t interval and its test are exact if differences between seeds are normal, "
+        f"which {pairs} values cannot show. The bootstrap assumes less and claims more than it can: it has "
+        f"{distinct:,} distinct resamples and lies within the least and largest difference, so it holds the true "
+        f"one at most {100 * covered:.3g} % of the time, not 95 %. A test without the assumption (flipping signs) "
+        f"cannot go below p = {least:.2g}."
     )
     if least > 1 - LEVEL:
         words += " So read a small p here as a reason to run more seeds, not as proof."

@@ -37,7 +37,7 @@ def balance(runs: Sequence[RunRecord]) -> Section | None:
         )  # fmt: skip
     if any("moe/duality_gap" in run.evals for _, run in measured):
         charts.append(_gap(runs, measured))
-    return Section("Balance of the experts", " ".join(filter(None, (_certificate(runs), _dead(runs)))), charts)
+    return Section("Expert balance", " ".join(filter(None, (_certificate(runs), _dead(runs)))), charts)
 
 
 def _certificate(runs: Sequence[RunRecord]) -> str:
@@ -46,11 +46,9 @@ def _certificate(runs: Sequence[RunRecord]) -> str:
     if not certified:
         return "No balance certificate: no rule moved a bias."
     return (
-        f"Balance certificate: {certified} of {sum(run.evals.count for run in runs)} evaluations. Each says "
-        "that every MoE "
-        "layer is balanced, loads were tokens x K at every step, and biases are float32, alike on all ranks "
-        "and moved by "
-        "their hook alone."
+        f"Balance certificate: {certified} of {sum(run.evals.count for run in runs)} evaluations. Each says that "
+        "every MoE layer is balanced, loads were tokens x K at every step, and biases are float32, alike on all "
+        "ranks and moved by their hook alone."
     )
 
 

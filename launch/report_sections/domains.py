@@ -39,7 +39,7 @@ def domains(runs: Sequence[RunRecord]) -> Section | None:
         items.append(_shares(runs))
     if not items:
         return None
-    return Section("Domains and data", "What the text is made of, and how the model does on each part of it.", items)
+    return Section("Domains", "What the text is made of, and how the model does on each part of it.", items)
 
 
 def _perplexities(runs: Sequence[RunRecord]) -> Table:
@@ -101,9 +101,8 @@ def _trained(runs: Sequence[RunRecord]) -> Table:
                "documents", "bytes / token"]  # fmt: skip
     return Table(
         "Text trained on",
-        "A domain whose share of the objective lies above its share of tokens is one that the weights "
-        "favour. The columns "
-        "from the corpus on need the prepared data on the machine that makes the report.",
+        "A domain whose share of the objective lies above its share of tokens is one that the weights favour. The "
+        "columns from the corpus on need the prepared data on the machine that makes the report.",
         [*(["run"] if len(runs) > 1 else []), *columns], rows, folded=len(runs) > 2,
     )  # fmt: skip
 

@@ -1,80 +1,37 @@
 """The section that compares the variants of a grid with its baseline."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 from launch.report_sections._grid import GridRecord
-from launch.report_sections._parts import Chart, Section, Table, Tile, Trace, View, axis, digits, number, si
-from launch.report_sections._record import RunRecord
+from launch.report_sections._grid_charts import Values, variant_charts
+from launch.report_sections._measures import MEASURES, Measure
+from launch.report_sections._parts import Chart, Section, Table, Tile, number, si
 from launch.report_sections._statistics import Difference, compare, first_reached, what_can_be_said
-
-
-class Measure(NamedTuple):
-    """A figure of a finished run."""
-
-    label: str
-    of: Callable[[RunRecord], float | None]
-    form: str
-    less_is_better: bool = True
-
-
-def _mean(key: str) -> Callable[[RunRecord], float | None]:
-    def of(run: RunRecord) -> float | None:
-        values = run.steps.line(key)[1]
-        return float(values.mean()) if len(values) else None
-
-    return of
-
-
-def _speed(run: RunRecord) -> float | None:
-    values = run.steps.line("tokens_per_s")[1]
-    return float(np.median(values)) if len(values) else None
-
-
-MEASURES = (
-    Measure("held-out loss", lambda run: run.evals.last("eval/loss"), ".4f"),
-    Measure("MaxVio, held-out", lambda run: run.evals.last("eval/maxvio_global"), ".3f"),
-    Measure("MaxVio of a batch, mean over the run", _mean("moe/maxvio_batch"), ".3f"),
-    Measure("tokens / s, median", _speed, ",.0f", less_is_better=False),
-)
 
 
 def comparison(grid: GridRecord) -> list[Section]:
     """Two sections: the headline; and differences with intervals and tests, dots of seeds, costs, what failed."""
-    items: list[Chart | Table] = []
-    dots, gaps = [], []
-    every: dict[str, dict[str, dict[int, float]]] = {}
+    items: list[Table] = []
+    every: dict[str, Values] = {}
     differences: dict[str, dict[str, Difference]] = {}
     for measure in MEASURES:
         values = {variant: _values(grid, variant, measure) for variant in grid.variants}
-        if not any(values.values()):
-            continue
-        found = compare(values, grid.baseline) if grid.baseline else {}
-        every[measure.label], differences[measure.label] = values, found
-        items.append(_table(grid, measure, values, found))
-        dots.append(View(_dots(grid, values), (measure.label,), {"xaxis": axis(measure.label)}))
-        if found:
-            gaps.append(
-                View(_intervals(found), (measure.label,), {"xaxis": _span(found, f"difference in {measure.label}")})
-            )
-    height = 130 + 30 * len(grid.variants)
-    layout = {"yaxis": {"autorange": "reversed", "automargin": True, "type": "category"}}
-    charts = []
-    if gaps:
-        charts.append(
-            Chart("Difference from the baseline", "Dots: paired seeds; line: 95 % t interval; bar: mean.", gaps,
-                  {**layout, "shapes": [_zero()]}, height=height)
-        )  # fmt: skip
-    if dots:
-        charts.append(Chart("Every run", "A dot for each seed; bar: mean of the variant.", dots, layout, height=height))
-    cost = _cost(grid)
-    tables = [*items[:1], *charts, *([cost] if cost else []), *_crossed(grid), *items[1:], *_unfinished(grid)]
+        if any(values.values()):
+            found = compare(values, grid.baseline) if grid.baseline else {}
+            every[measure.label], differences[measure.label] = values, found
+            items.append(_table(grid, measure, values, found))
+    charts, cost = variant_charts(grid, every, differences), _cost(grid)
+    tables: list[Chart | Table] = [
+        *items[:1],
+        *charts,
+        *([cost] if cost else []),
+        *_crossed(grid),
+        *items[1:],
+        *_unfinished(grid),
+    ]
     intro = (
-        "Only runs that reached their last step are compared. A run is paired with the baseline's run of the "
-        "same seed, "
-        "which had the same initial weights and samples unless the variant changes model or data."
+        "Only runs that reached their last step are compared. A run is paired with the baseline's run of the same "
+        "seed, which had the same initial weights and samples unless the variant changes model or data."
     )
     headline = _headline(grid, every, differences.get(MEASURES[0].label, {}))
     return [Section("Overview", "", [headline]), Section("Variants", intro, tables)]
@@ -85,9 +42,7 @@ def _values(grid: GridRecord, variant: str, measure: Measure) -> dict[int, float
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _table(
-    grid: GridRecord, measure: Measure, values: dict[str, dict[int, float]], found: dict[str, Difference]
-) -> Table:
+def _table(grid: GridRecord, measure: Measure, values: Values, found: dict[str, Difference]) -> Table:
     form, rows = measure.form, []
     signed = f"+{form}"
     for variant in grid.variants:
@@ -137,54 +92,7 @@ def _verdict(each: Difference, measure: Measure) -> str:
     return "better" if (each.mean < 0) == measure.less_is_better else "worse"
 
 
-def _dots(grid: GridRecord, values: dict[str, dict[int, float]]) -> list[Trace]:
-    traces: list[Trace] = []
-    for variant in grid.variants:
-        by_seed = values[variant]
-        color = "--s2" if variant == grid.baseline else "--s1"
-        traces += _seeds(variant, list(by_seed), list(by_seed.values()), color)
-    return traces
-
-
-def _intervals(found: dict[str, Difference]) -> list[Trace]:
-    traces: list[Trace] = []
-    for variant, each in found.items():
-        color = "--s1" if each.is_shown else "--muted"
-        if each.t_interval is not None:
-            traces.append(
-                {"type": "scatter", "mode": "lines", "showlegend": False, "name": f"{variant}, 95 % t",
-                 "x": digits(each.t_interval),
-                 "y": [variant, variant], "line": {"color": color, "width": 2}, "hoverinfo": "x"}
-            )  # fmt: skip
-        traces += _seeds(variant, range(len(each.values_N)), each.values_N.tolist(), color)
-    return traces
-
-
-def _seeds(variant: str, seeds: Sequence[int], values: Sequence[float], color: str) -> list[Trace]:
-    if not values:
-        return []
-    bar = {"symbol": "line-ns", "size": 18, "line": {"width": 3, "color": color}}
-    return [
-        {"type": "scatter", "mode": "markers", "showlegend": False, "name": variant,
-         "x": digits(values), "y": [variant] * len(values),
-         "marker": {"color": f"{color}/0.55", "size": 9}, "text": [f"seed {seed}" for seed in seeds],
-         "hovertemplate": "%{x}, %{text}<extra></extra>"},
-        {"type": "scatter", "mode": "markers", "showlegend": False, "name": f"{variant}, mean",
-         "x": digits([float(np.mean(values))]),
-         "y": [variant], "marker": bar, "hovertemplate": "mean %{x}<extra></extra>"},
-    ]  # fmt: skip
-
-
-def _span(found: dict[str, Difference], title: str) -> dict[str, object]:
-    """An axis that holds zero, every dot and every interval, with some room."""
-    ends = [0.0, *(x for each in found.values() for x in (*each.values_N.tolist(), *(each.t_interval or ())))]
-    room = 0.06 * (max(ends) - min(ends)) or 1.0
-    return axis(title, range=[min(ends) - room, max(ends) + room])
-
-
-def _headline(
-    grid: GridRecord, values: dict[str, dict[str, dict[int, float]]], found: dict[str, Difference]
-) -> list[Tile]:
+def _headline(grid: GridRecord, values: dict[str, Values], found: dict[str, Difference]) -> list[Tile]:
     """The figures of a grid: how far it is, what was best, and how many differences stand."""
     complete = sum(len(grid.complete(variant)) for variant in grid.variants)
     tiles = [Tile("runs complete", f"{complete} of {len(grid.plan)}", f"{len(grid.variants)} variants")]
@@ -207,10 +115,6 @@ def _headline(
             f"{sum(float(run.hours[-1]) for run in grid.runs if run.steps.count):.2g} h of steps",
         ),
     ]
-
-
-def _zero() -> dict[str, object]:
-    return {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--ink", "width": 1}}
 
 
 def _cost(grid: GridRecord) -> Table | None:
@@ -238,9 +142,8 @@ def _cost(grid: GridRecord) -> Table | None:
         return None
     return Table(
         "Cost to reach the baseline's loss",
-        "Tokens and minutes of training steps until the held-out loss first came to what the baseline of the "
-        "same seed ended "
-        "with, linearly between evaluations; means over the seeds that reached it.",
+        "Tokens and minutes of training steps until the held-out loss first came to what the baseline of the same "
+        "seed ended with, linearly between evaluations; means over the seeds that reached it.",
         ["variant", "reached", "tokens", "of the baseline's", "minutes"], rows,
     )  # fmt: skip
 

@@ -41,9 +41,8 @@ def _words(runs: Sequence[RunRecord]) -> str:
         return "Time of training steps; evaluations, checkpoints and restarts are not in it."
     median, slow = np.median(times), int((times > 3 * np.median(times)).sum())
     return (
-        f"Median step {median:.3g} s, slowest {times.max():.3g} s; {slow:,} of {len(times):,} steps took more "
-        "than three "
-        "times the median. Evaluations, checkpoints and restarts are not in it."
+        f"Median step {median:.3g} s, slowest {times.max():.3g} s; {slow:,} of {len(times):,} steps took more than "
+        "three times the median. Evaluations, checkpoints and restarts are not in it."
     )
 
 

@@ -26,7 +26,7 @@
   // ---- the horizontal axis -------------------------------------------------------------------------------------------
   function along(run, steps, axis) {
     const table = page.runs[run];
-    if (axis === "step" || !table) return steps;
+    if (axis === "step" || !table || !table[axis]) return steps; // not recorded
     const { step, [axis]: values } = table;
     let i = 0;
     return steps.map((x) => {
@@ -67,6 +67,7 @@
     return themed(made);
   }
   const farthest = (traces) => Math.max(...traces.filter((trace) => trace.run !== undefined).map((trace) => along(trace.run, trace.x.slice(-1), state.axis)[0]));
+  const axisOf = (traces) => (traces.some(({ run }) => run !== undefined && page.runs[run][state.axis]) ? state.axis : "step");
   const follows = (traces) => traces.some((trace) => trace.run !== undefined);
 
   const heightOf = (spec) => (state.narrow ? Math.min(spec.height, 320) : spec.height);
@@ -81,7 +82,7 @@
       hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { ...font, color: "--ink" } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", xaxis: axis, yaxis: axis,
     };
-    const course = follows(traces) ? { xaxis: { title: { text: AXES[state.axis] }, range: [0, farthest(traces)] } } : {};
+    const course = follows(traces) ? { xaxis: { title: { text: AXES[axisOf(traces)] }, range: [0, farthest(traces)] } } : {};
     layout.showlegend = false; // a legend in the plot would take the room of the lines: it stands below, in HTML
     if (labelled(spec, view)) layout.margin.r = 16 + 7 * Math.max(...ends(traces).map((trace) => trace.name.length));
     return themed(merge(layout, given, course));

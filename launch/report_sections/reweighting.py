@@ -39,7 +39,7 @@ def reweighting(runs: Sequence[RunRecord]) -> Section | None:
         items += [_histograms(runs, kept, "loss"), _histograms(runs, kept, "weight"), _against_loss(runs, recorded)]
     items += [table for i, run in weighed for table in _documents(runs, i)][: 2 * _TABLES]
     return Section(
-        "Weights of samples",
+        "Sample weights",
         "Each optimizer step gives every sample of its global batch a weight from its loss; a weight of 1 (times B) is "
         "that of a plain mean.",
         items,
@@ -63,9 +63,8 @@ def _ess(runs: Sequence[RunRecord], weighed: Sequence[tuple[int, RunRecord]]) ->
         )])]  # fmt: skip
     return Chart(
         "Effective sample size",
-        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 "
-        "most of a batch "
-        "is work thrown away.",
+        "1 / (B sum w²): 1 is a plain mean; 0.5 a batch in which half of the samples count. Below about 0.3 most "
+        "of a batch is work thrown away.",
         views, {"yaxis": axis("", rangemode="tozero")}, direct=len(runs) > 1,
     )  # fmt: skip
 

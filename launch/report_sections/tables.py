@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from launch.report_sections._grid import GridRecord
+from launch.report_sections._measures import MEASURES
 from launch.report_sections._record import Columns, RunRecord
-from launch.report_sections.grid import MEASURES
 from trainer.errors import StorageError
 
 

@@ -123,7 +123,7 @@ def test_audit_of_a_plan_counts_rows_and_documents(
         (["stats", "no_such.yaml"], "no such config file"),
         (["stats", "FOLDER"], "config.yaml: no such config file"),
         (["stats", "FOLDER", "train.steps=3"], "a run folder has its own configuration"),
-        (["stats", "CONFIG", "train.stps=3"], "Did you mean: 'steps'"),
+        (["stats", "CONFIG", "train.stps=3"], "train.stps: Key 'stps' not in"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(

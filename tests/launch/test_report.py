@@ -70,7 +70,7 @@ def test_training_leaves_a_page_that_needs_no_network(trained: Path) -> None:
     assert links_out(page) == [], "everything is in the file"
     anchors = sections(page)
     assert anchors == [
-        "overview", "loss", "domains-and-data", "balance-of-the-experts", "weights-of-samples", "speed-and-memory",
+        "overview", "loss", "domains", "expert-balance", "sample-weights", "speed-and-memory",
         "events", "configuration",
     ]  # fmt: skip
     assert re.findall(r'<a href="#([\w-]+)">', page.split("</nav>")[0]) == anchors
@@ -184,7 +184,7 @@ def test_sparse_runs_get_a_sensible_page(tmp_path: Path, capsys: pytest.CaptureF
         capsys, write_run(tmp_path / "hookless", [evaluation(0, 8.0), *training_rows(9), evaluation(9, 4.0)], steps=9)
     )
     assert sections(no_hook) == [
-        "overview", "loss", "domains-and-data", "speed-and-memory", "events", "configuration",
+        "overview", "loss", "domains", "speed-and-memory", "events", "configuration",
     ]  # fmt: skip
     only_start = draw(capsys, write_run(tmp_path / "start", [evaluation(0, 8.0, maxvio=0.4)], steps=9))
     assert "Stopped early: step 0 of 9" in only_start

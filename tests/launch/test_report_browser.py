@@ -164,6 +164,18 @@ def test_plots_and_their_numbers_are_saved_without_a_network(desk: Opened) -> No
     assert len(content.decode().splitlines()) == 1 + 4 * 4, "a line for each expert and evaluation"
 
 
+def test_a_run_without_tokens_is_drawn_over_its_steps(browser: Any, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "bare", [{"step": n, "loss": 9.0 - n} for n in range(1, 5)])
+    assert run_command(report.main, [str(folder)]) == 0
+    opened = Opened(browser, folder / "report.html")
+    opened.draw_all()
+    drawn = opened.data("Training loss")
+    assert drawn["data"][0]["x"] == [1, 2, 3, 4]
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "optimizer step"
+    assert opened.complaints == []
+    opened.context.close()
+
+
 def test_dark_follows_the_system_and_the_button(browser: Any, one_run: Path) -> None:
     opened = Opened(browser, one_run, color_scheme="dark")
     opened.draw_all()

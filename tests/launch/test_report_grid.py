@@ -127,6 +127,12 @@ def test_the_page_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert costs[:3] == ["3 of 3", "10.2 k", "100.0%"]
     dots = charts(page)["Every run"]["views"][0]["traces"]
     assert dots[0]["x"] == [4.0, 4.1, 4.2]
+    # Seeds that have come equally far are a mean and a band; others a line each, along their own tokens.
+    drawn = charts(page)["Training loss"]["views"][0]["traces"]
+    assert [(t["name"], t["run"]) for t in drawn if t["name"].startswith(("sign", "quantile"))] == [
+        ("sign, least", 3), ("sign, largest", 3), ("sign", 3), ("quantile", 6), ("quantile", 7), ("quantile", 8)
+    ]  # fmt: skip
+    assert [t["showlegend"] for t in drawn if t["name"] == "quantile"] == [True, False, False]
     csv = (tmp_path / "csv" / "grid.csv").read_text().splitlines()
     assert len(csv) == 1 + 9
     assert csv[1].startswith("none-1,none,1,done,20,4.0,")
