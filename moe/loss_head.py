@@ -66,7 +66,7 @@ def tiled_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, 
 
     Differentiable once in hidden states and weight.
     """
-    losses_N: Tensor = _TiledCrossEntropy.apply(hidden_ND, weight_VD, labels_N, tile)  # type: ignore[no-untyped-call]
+    losses_N: Tensor = _TiledCrossEntropy.apply(hidden_ND, weight_VD, labels_N, tile)
     return losses_N
 
 
@@ -74,9 +74,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, tile: int) -> Tensor:
         tiles = _LogitTiles(hidden_ND, weight_VD, labels_N, tile)
-        wide = {"dtype": tiles.wide, "device": hidden_ND.device}
-        largest_N = torch.full(labels_N.shape, -torch.inf, **wide)
-        sum_N, target_N = torch.zeros(labels_N.shape, **wide), torch.zeros(labels_N.shape, **wide)
+        largest_N = hidden_ND.new_full(labels_N.shape, -torch.inf, dtype=tiles.wide)
+        sum_N, target_N = torch.zeros_like(largest_N), torch.zeros_like(largest_N)
         for start, rows_tD in tiles:
             logits_Nt = tiles.logits(rows_tD)
             at_N1, inside_N = tiles.labels_in(start, rows_tD)
