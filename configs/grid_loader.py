@@ -125,7 +125,8 @@ def _with_variants(line: str, variants: list[str], of: int) -> str:
 
 def _corpus_problems(runs: Sequence[GridRun]) -> list[str]:
     """Runs that want one folder to hold two corpora."""
-    found, first = [], {}
+    found: list[str] = []
+    first: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in runs:
         path, wanted = run.config.data.path, preparation_settings(run.config.data)
         other, has = first.setdefault(path, (run.variant, wanted))

@@ -29,7 +29,7 @@ class Slot:
     gpus: tuple[str, ...]
     """Entries of CUDA_VISIBLE_DEVICES; empty without GPUs."""
     threads: int
-    """Threads of each rank."""
+    """Threads of each rank, at most."""
 
 
 def make_slots(parallel: int, *, ranks: int, num_runs: int, cpus: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
@@ -78,7 +78,9 @@ def start(argv: Sequence[str], output: Path | None, slot: Slot | None = None) ->
     """
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     if slot is not None:
-        env["OMP_NUM_THREADS"] = str(slot.threads)
+        # Results depend, in their last bits, on the number of threads: a number that was set holds for any --parallel.
+        given = env.get("OMP_NUM_THREADS", "")
+        env["OMP_NUM_THREADS"] = str(min(slot.threads, int(given)) if given.isdigit() and int(given) else slot.threads)
         if slot.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     file = output.open("ab") if output is not None else None

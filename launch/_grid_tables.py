@@ -43,15 +43,16 @@ def plan_table(grid: Grid, states: Mapping[str, RunState], *, seconds_per_step: 
         for place, value in enumerate((tokens, step_flops * config.train.steps, disk, seconds if is_ahead else 0.0)):
             totals[place] += value
     table.add_section()
-    tokens, flops, disk, seconds = totals
+    all_tokens, flops, all_disk, left_s = totals
     table.add_row(
-        "all", "", "", "", _big(tokens), f"{flops:.2e}", f"{disk / 2**30:,.2f} GiB", _time(seconds / max(parallel, 1))
-    )
+        "all", "", "", "", _big(all_tokens), f"{flops:.2e}", f"{all_disk / 2**30:,.2f} GiB",
+        _time(left_s / max(parallel, 1)),
+    )  # fmt: skip
     source = "--seconds-per-step" if seconds_per_step is not None else "runs measured so far"
     known = f"Time of all: what is left, {parallel} at a time, from {source}."
     unknown = "Time is not known: no run of this grid has been measured; --seconds-per-step says what a step takes."
     halved = " Runs that are stopped at a rung take less." if grid.config.halving.rungs else ""
-    table.caption = (unknown if math.isnan(seconds) else known) + halved
+    table.caption = (unknown if math.isnan(left_s) else known) + halved
     return table
 
 
