@@ -18,6 +18,7 @@ from trainer.errors import ConfigError
 
 PAGE = ROOT / "trainer" / "LAYOUTS.md"
 BEGIN, END = "<!-- written by `make layouts`, from here -->", "<!-- to here -->"
+NOT_MEASURED = "not measured: run `make layouts`"
 RANKS, SAMPLES = 4, 8
 
 
@@ -125,7 +126,7 @@ def write_page(measured: Layout, found: dict[str, Difference], config: Path) -> 
     lines, known = [HEADER], read_page()
     for layout in LAYOUTS:
         refusal = layout.refusal(config)
-        cells = known.get(layout.name, ["not measured", *[""] * 5])
+        cells = known.get(layout.name, [NOT_MEASURED, *[""] * 5])
         if refusal:
             cells = [f"refused: {refusal}", *[""] * 5]
         elif layout == measured:
