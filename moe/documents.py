@@ -72,8 +72,8 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
 def attend_whole_rows(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, layout: Layout) -> Tensor:
     """`attend` for this rank's tokens, which see those of their row on other ranks, [B, A, T, v]."""
     shards = layout.shards
-    by_heads = (shards.to_heads(tensor) for tensor in (query_BATd, key_BGTd, value_BGTv))
-    return shards.to_tokens(attend(*by_heads, layout.mask))
+    query, key, value = (shards.to_heads(tensor) for tensor in (query_BATd, key_BGTd, value_BGTv))
+    return shards.to_tokens(attend(query, key, value, layout.mask))
 
 
 def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, mask: AttentionMask) -> Tensor:
