@@ -70,7 +70,7 @@ def few(config: Path) -> Path:
 
 
 def check(run_dir: Path, precision: str, reference: Reference) -> Difference:
-    found = difference(run_dir, reference)
+    found = difference(run_dir, reference, precision)
     assert found.within(LIMITS[precision]), found
     if precision == "fp32":
         assert wrong_biases(run_dir, reference) <= 2
