@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from configs.loader import load_run_config
@@ -18,6 +19,7 @@ from trainer.errors import ConfigError
 
 PAGE = ROOT / "trainer" / "LAYOUTS.md"
 BEGIN, END = "<!-- written by `make layouts`, from here -->", "<!-- to here -->"
+NOT_MEASURED = "not measured: run `make layouts`"
 RANKS, SAMPLES = 4, 8
 
 
@@ -58,9 +60,11 @@ VARIANTS = list(product(("fp32", "bf16"), (False, True)))
 
 
 class Difference(NamedTuple):
-    """Largest relative differences from the reference: of a step's loss, of a weight tensor, of a step's gradient norm.
+    """Largest relative differences from the reference: of a step's loss, of the weights, of a step's gradient norm.
 
-    The difference of a tensor is the norm of the difference over the norm of the tensor.
+    Of weights it is the norm of the difference over the norm: in fp32 of the tensor that differs most, in bf16 of all
+    together. There, scores that lie close together send a few tokens to other experts than in fp32, and those experts
+    move by whole steps of Adam.
     """
 
     loss: float
@@ -74,19 +78,22 @@ class Difference(NamedTuple):
         return Difference(*map(max, self, other))
 
 
-LIMITS = {"fp32": Difference(1e-5, 1e-4, 1e-4), "bf16": Difference(5e-4, 0.25, 0.1)}
+LIMITS = {"fp32": Difference(1e-5, 1e-4, 1e-4), "bf16": Difference(5e-4, 0.04, 0.1)}
 
 
-def difference(run_dir: Path, reference: Reference) -> Difference:
-    """How far a finished run is from the reference. Raises AssertionError if the biases of the experts are."""
+def difference(run_dir: Path, reference: Reference, precision: str) -> Difference:
+    """How far a finished run is from the reference."""
     training = [row for row in rows(run_dir) if "loss" in row]
     assert len(training) == len(reference.losses)
     assert all(row["step/applied"] == 1 for row in training)
     weights, expected = weights_of(run_dir), reference.model.state_dict()
     assert weights.keys() == expected.keys()
+    keys = [key for key in expected if not key.endswith("expert_bias_E")]
+    wrong = torch.stack([(weights[key].float() - expected[key]).norm() for key in keys])
+    size = torch.stack([expected[key].norm() for key in keys])
     return Difference(
         _relative([float(row["loss"]) for row in training], reference.losses),
-        max(_distance(weights[k], tensor) for k, tensor in expected.items() if not k.endswith("expert_bias_E")),
+        float((wrong / size).max() if precision == "fp32" else wrong.norm() / size.norm()),
         _relative([float(row["grad_norm"]) for row in training], reference.norms),
     )
 
@@ -112,10 +119,6 @@ def _relative(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
-
-
 HEADER = """| layout | fp32: loss | weights | gradient norm | bf16: loss | weights | gradient norm |
 |---|---|---|---|---|---|---|"""
 
@@ -125,7 +128,7 @@ def write_page(measured: Layout, found: dict[str, Difference], config: Path) -> 
     lines, known = [HEADER], read_page()
     for layout in LAYOUTS:
         refusal = layout.refusal(config)
-        cells = known.get(layout.name, ["not measured", *[""] * 5])
+        cells = known.get(layout.name, [NOT_MEASURED, *[""] * 5])
         if refusal:
             cells = [f"refused: {refusal}", *[""] * 5]
         elif layout == measured:
