@@ -120,7 +120,7 @@ def job_name(name: str, longest: int) -> str:
 
 
 def one_word(option: str, value: str) -> str:
-    """`value`, for a line that no shell reads and in which Slurm has quotes of its own. Raises ConfigError for those."""
+    """`value`, for a line that no shell reads but Slurm, with quotes of its own. Raises ConfigError for those."""
     if not re.fullmatch(r"[^\s\"'#\\]+", value) or value.startswith("-"):
         raise ConfigError(f"{option}: '{value}' must be one word here, without quotes, # and backslashes")
     return value
