@@ -120,9 +120,9 @@ def job_name(name: str, longest: int) -> str:
 
 
 def one_word(option: str, value: str) -> str:
-    """`value`, for places where neither Slurm nor ssh knows quotes. Raises ConfigError if it is not one plain word."""
-    if not re.fullmatch(r"[A-Za-z0-9@%+=:,./_-]+", value) or value.startswith("-"):
-        raise ConfigError(f"{option}: '{value}' must be one word of letters, digits and @%+=:,./_- here")
+    """`value`, for a line that no shell reads but Slurm, with quotes of its own. Raises ConfigError for those."""
+    if not re.fullmatch(r"[^\s\"'#\\]+", value) or value.startswith("-"):
+        raise ConfigError(f"{option}: '{value}' must be one word here, without quotes, # and backslashes")
     return value
 
 

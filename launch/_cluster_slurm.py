@@ -62,8 +62,8 @@ node() {{
     exec {_indent(agent)}
 }}
 
-# {plan.grace_s} s before the time limit Slurm tells this shell, and this shell the agents (srun itself would kill them
-# at SIGTERM). They save and end with exit code 75. A job that is cancelled gets SIGTERM and is not started again.
+# {plan.grace_s} s before the time limit Slurm tells this shell, and this shell the agents (and not srun, which may
+# end them at once). They save and end with exit code 75. A job that is cancelled gets SIGTERM and is not started again.
 out_of_time='' cancelled='' interrupted=''
 trap 'out_of_time=1; interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
 trap 'cancelled=1; interrupted=1' TERM

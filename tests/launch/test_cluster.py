@@ -185,7 +185,8 @@ def test_the_batch_script_is_clean_bash_and_quotes_every_word(
     listing.chmod(0o755)
     options = [
         "--python", str(listing), "--workdir", str(listing.parent), "--env", "GREETING=it's $me",
-        "--sbatch", "partition=gpu", "--sbatch=--exclusive", "--setup", "echo set up", "--interface", "ib0",
+        "--sbatch", "partition=gpu", "--sbatch=--exclusive", "--sbatch", "nodelist=n[1-2]",
+        "--setup", "echo set up", "--interface", "ib0",
     ]  # fmt: skip
     text = written(capsys, "slurm", "configs/debug.yaml", *NASTY, *CPU, *options)
     script = tmp_path / "job.sh"
@@ -201,6 +202,7 @@ def test_the_batch_script_is_clean_bash_and_quotes_every_word(
     assert "#SBATCH --signal=B:USR1@300" in head
     assert "#SBATCH --partition=gpu" in head
     assert "#SBATCH --exclusive" in head
+    assert "#SBATCH --nodelist=n[1-2]" in head
     assert "export GREETING='it'\"'\"'s $me'\n" in text
     assert "gpus" not in text
     assert "export GLOO_SOCKET_IFNAME=ib0\n" in text
