@@ -196,7 +196,7 @@ def test_hopeless_variants_are_stopped_at_a_rung_with_all_their_seeds(tmp_path: 
         tmp_path, data_config,
         overrides={**SLOW, "train.steps": 24, "evaluation.every": 6},
         product=[{"key": "optimizer.learning_rate", "name": "lr", "values": [3.0e-3, 1.0e-6, 1.0e-7, 1.0e-2]}],
-        baseline="lr-1e-06", seeds=[1, 2], halving={"rungs": [6, 12], "keep": 0.5},
+        baseline="lr-1e-06", seeds=[1, 2], halving={"rungs": [6, 12], "keep": 0.3},
     )  # fmt: skip
     done = run("launch.ablate", str(path), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
