@@ -310,6 +310,9 @@ def test_a_grid_in_use_or_damaged_is_exit_3(
     (grid / "state.json").write_text('{"a_s3": {"status": "sleeping"}}')
     assert run_command(ablate.main, [str(path)]) == 3
     assert "a_s3 has status 'sleeping'" in capsys.readouterr().err
+    (grid / "metrics.jsonl").touch()
+    assert run_command(ablate.main, [str(path)]) == 2
+    assert "is the folder of a run" in capsys.readouterr().err
 
 
 def test_slurm_array_runs_each_folder_whatever_its_name(tmp_path: Path, data_config: DataConfig) -> None:
