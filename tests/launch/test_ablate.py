@@ -33,7 +33,7 @@ Begin = Callable[..., "subprocess.Popen[str]"]
 def write_grid(tmp_path: Path, data: DataConfig, **fields: Any) -> Path:
     base = tiny_config(tmp_path / "base", data)
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"config": str(base), "folder": str(tmp_path / "grid"), **fields}))
+    path.write_text(yaml.safe_dump({"config": str(base), "folder": str(tmp_path / "grid"), **fields}, sort_keys=False))
     return path
 
 
@@ -92,6 +92,7 @@ SLOW = {"hooks.slow.hook": "tests.launch.grid_hooks:Slow", "hooks.slow.seconds":
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need a core each")
+@pytest.mark.timeout(600)
 def test_a_grid_survives_sigterm_kill_9_and_failing_runs(
     tmp_path: Path, data_config: DataConfig, begin: Begin, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,13 +158,13 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(
     started = states(grid)["plain_s4"]["attempts"]
     tree = yaml.safe_load(path.read_text())
     del tree["variants"]["refusing"]
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     before = time.monotonic()
     assert run_command(ablate.main, [str(path)]) == 0
     assert time.monotonic() - before < 5
     assert states(grid)["plain_s4"]["attempts"] == started
     tree["overrides"]["optimizer.learning_rate"] = 1.0e-3
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert run_command(ablate.main, [str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
