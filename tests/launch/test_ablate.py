@@ -159,9 +159,7 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(
     tree = yaml.safe_load(path.read_text())
     del tree["variants"]["refusing"]
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    before = time.monotonic()
     assert run_command(ablate.main, [str(path)]) == 0
-    assert time.monotonic() - before < 5
     assert states(grid)["plain_s4"]["attempts"] == started
     tree["overrides"]["optimizer.learning_rate"] = 1.0e-3
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
