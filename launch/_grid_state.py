@@ -51,6 +51,8 @@ class GridFolder:
     def __enter__(self) -> "GridFolder":
         """Raises CheckpointError if another process runs the grid, ConfigError if runs have begun with other settings,
         StorageError if the folder cannot be written."""
+        if (self.path / METRICS).exists():
+            raise ConfigError(f"{self.path} is the folder of a run; give the grid another name")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(self.path)

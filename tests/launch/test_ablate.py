@@ -33,7 +33,7 @@ Begin = Callable[..., "subprocess.Popen[str]"]
 def write_grid(tmp_path: Path, data: DataConfig, **fields: Any) -> Path:
     base = tiny_config(tmp_path / "base", data)
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"config": str(base), "folder": str(tmp_path / "grid"), **fields}))
+    path.write_text(yaml.safe_dump({"config": str(base), "folder": str(tmp_path / "grid"), **fields}, sort_keys=False))
     return path
 
 
@@ -92,6 +92,7 @@ SLOW = {"hooks.slow.hook": "tests.launch.grid_hooks:Slow", "hooks.slow.seconds":
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need a core each")
+@pytest.mark.timeout(600)
 def test_a_grid_survives_sigterm_kill_9_and_failing_runs(
     tmp_path: Path, data_config: DataConfig, begin: Begin, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,13 +158,11 @@ def test_a_grid_survives_sigterm_kill_9_and_failing_runs(
     started = states(grid)["plain_s4"]["attempts"]
     tree = yaml.safe_load(path.read_text())
     del tree["variants"]["refusing"]
-    path.write_text(yaml.safe_dump(tree))
-    before = time.monotonic()
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert run_command(ablate.main, [str(path)]) == 0
-    assert time.monotonic() - before < 5
     assert states(grid)["plain_s4"]["attempts"] == started
     tree["overrides"]["optimizer.learning_rate"] = 1.0e-3
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert run_command(ablate.main, [str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -196,7 +195,7 @@ def test_hopeless_variants_are_stopped_at_a_rung_with_all_their_seeds(tmp_path: 
         tmp_path, data_config,
         overrides={**SLOW, "train.steps": 24, "evaluation.every": 6},
         product=[{"key": "optimizer.learning_rate", "name": "lr", "values": [3.0e-3, 1.0e-6, 1.0e-7, 1.0e-2]}],
-        baseline="lr-1e-06", seeds=[1, 2], halving={"rungs": [6, 12], "keep": 0.5},
+        baseline="lr-1e-06", seeds=[1, 2], halving={"rungs": [6, 12], "keep": 0.3},
     )  # fmt: skip
     done = run("launch.ablate", str(path), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -310,6 +309,9 @@ def test_a_grid_in_use_or_damaged_is_exit_3(
     (grid / "state.json").write_text('{"a_s3": {"status": "sleeping"}}')
     assert run_command(ablate.main, [str(path)]) == 3
     assert "a_s3 has status 'sleeping'" in capsys.readouterr().err
+    (grid / "metrics.jsonl").touch()
+    assert run_command(ablate.main, [str(path)]) == 2
+    assert "is the folder of a run" in capsys.readouterr().err
 
 
 def test_slurm_array_runs_each_folder_whatever_its_name(tmp_path: Path, data_config: DataConfig) -> None:

@@ -64,7 +64,7 @@ def test_presets_are_valid_where_they_are_meant_to_run() -> None:
 
     for path, world_size in [
         ("quickstart", 2), ("quickstart", 1), ("debug", 2), ("deepseekmoe-1b", 64), ("deepseekmoe-1b", 8),
-        ("16b-a3b", 128), ("qwen3-30b-a3b", 256),
+        ("16b-a3b", 128), ("qwen3-30b-a3b", 256), ("deepseekmoe-3b", 64), ("reweighting-124m", 8),
     ]:  # fmt: skip
         config = load_run_config(ROOT / "configs" / f"{path}.yaml", world_size=world_size)
         assert config.name == path
