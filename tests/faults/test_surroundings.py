@@ -39,6 +39,19 @@ def test_slowness_is_no_failure(two_ranks: Reference) -> None:
     assert_same_run(run_dir, two_ranks.run_dir)
     slow = [row["time/step_s"] for row in rows(run_dir) if row.get("step") == 5 and "loss" in row]
     assert float(slow[0]) > 4, "the slow step is on record"  # type: ignore[arg-type]
+    (row,) = [row for row in rows(run_dir) if row.get("step") == 5 and "loss" in row]
+    assert row["time/slowest_rank"] == 1
+    assert float(row["time/rank_spread"]) > 10  # type: ignore[arg-type]
+
+
+@pytest.mark.fault(28, "a rank that is slow for long is named")
+def test_a_rank_that_lags_is_named(two_ranks: Reference) -> None:
+    run_dir = two_ranks.config.parent / "lagging"
+    job = Job(two_ranks.config, run_dir, ranks=2, fault=",".join(f"sleep=0.3@1:{n}:forward" for n in range(3, 16)))
+    assert job.end() == 0, job.log[-3000:]
+    assert_same_run(run_dir, two_ranks.run_dir)
+    (line,) = [line for _, line in job.lines if "times as long as the median rank" in line]
+    assert f"rank 1 ({socket.gethostname()})" in line
 
 
 @pytest.mark.fault(2, "all ranks and the launcher killed (-9) at random")
