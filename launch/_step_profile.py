@@ -106,9 +106,9 @@ def table(profile: StepProfile, title: str) -> Table:
 
     halves = {half: profile.parts(half) for half in ("forward", "backward")}
     names = dict.fromkeys(name.partition("/")[2] for half in halves.values() for name in half)
-    rows = [(name, *(halves[half].get(f"{half}/{name}") for half in halves)) for name in names]
-    for name, forward, backward in sorted(rows, key=lambda row: -((row[1] or 0) + (row[2] or 0))):
-        add(name, forward, backward, (forward or 0) + (backward or 0))
+    both = {name: sum(halves[half].get(f"{half}/{name}", 0.0) for half in halves) for name in names}
+    for name in sorted(both, key=lambda name: -both[name]):
+        add(name, halves["forward"].get(f"forward/{name}"), halves["backward"].get(f"backward/{name}"), both[name])
     shown.add_section()
     forward, backward = (profile.seconds.get(half, 0.0) for half in halves)
     add("forward and backward", forward, backward, forward + backward)
