@@ -161,12 +161,19 @@ def page(profile: StepProfile, title: str, note: str) -> str:
     ids, parents, labels, values = zip(*boxes(profile), strict=True)
     figure = go.Figure(
         go.Icicle(
-            ids=ids, parents=parents, labels=labels, values=[value * 1e3 for value in values], branchvalues="total",
-            tiling={"orientation": "v"}, sort=False, hovertemplate="%{label}: %{value:.2f} ms, %{percentRoot:.1%}"
-            "<extra></extra>", texttemplate="%{label}<br>%{value:.2f} ms",
+            ids=ids,
+            parents=parents,
+            labels=labels,
+            values=[value * 1e3 for value in values],
+            branchvalues="total",
+            root_color="lightgray",
+            tiling={"orientation": "v"},
+            sort=False,
+            hovertemplate="%{label}: %{value:.2f} ms, %{percentRoot:.1%}<extra></extra>",
+            texttemplate="%{label}<br>%{value:.2f} ms",
         ),
         {"height": 640, "margin": {"t": 10, "b": 10, "l": 10, "r": 10}},
-    )  # fmt: skip
+    )
     drawn = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     lines = "".join(
         f"<tr><td>{html.escape(name)}<td>{value * 1e3:.3f}<td>{value / profile.total:.1%}"
