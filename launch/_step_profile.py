@@ -73,7 +73,7 @@ def operations_by_part(events: Iterable[Any], *, on_cuda: bool) -> dict[str, dic
         end = max(end, event.time_range.end)
         if event.name.startswith(MARK):
             marks.append((event.time_range.start, event.name.removeprefix(MARK)))
-        elif event.name not in PHASES and "cuda" not in str(event.device_type).lower():
+        elif event.name.partition("/")[0] not in PHASES and "cuda" not in str(event.device_type).lower():
             own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
             operations.append(Operation(event.name, event.time_range.start, own))
     marks.sort()
