@@ -115,7 +115,8 @@ class RunReport:
                 self._display.show(row)
                 if lagging := self._slow_ranks.look(row):
                     log.warning("%s", lagging)
-                    self._wandb.alert("slow rank", lagging)
+                    rank = row["time/slowest_rank"]  # its host's name is for the log, which stays here
+                    self._wandb.alert("slow rank", f"step {row['step']}: all others wait for rank {rank}")
             else:
                 log.info("step %d held-out loss %.4f%s", row["step"], row["eval/loss"], _maxvio(row))
             self._wandb.log(row)

@@ -73,7 +73,7 @@ def operations_by_part(events: Iterable[Any], *, on_cuda: bool) -> dict[str, dic
         end = max(end, event.time_range.end)
         if event.name.startswith(MARK):
             marks.append((event.time_range.start, event.name.removeprefix(MARK)))
-        elif event.name not in PHASES and "cuda" not in str(event.device_type).lower():
+        elif event.name.partition("/")[0] not in PHASES and "cuda" not in str(event.device_type).lower():
             own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
             operations.append(Operation(event.name, event.time_range.start, own))
     marks.sort()
@@ -106,9 +106,9 @@ def table(profile: StepProfile, title: str) -> Table:
 
     halves = {half: profile.parts(half) for half in ("forward", "backward")}
     names = dict.fromkeys(name.partition("/")[2] for half in halves.values() for name in half)
-    rows = [(name, *(halves[half].get(f"{half}/{name}") for half in halves)) for name in names]
-    for name, forward, backward in sorted(rows, key=lambda row: -((row[1] or 0) + (row[2] or 0))):
-        add(name, forward, backward, (forward or 0) + (backward or 0))
+    both = {name: sum(halves[half].get(f"{half}/{name}", 0.0) for half in halves) for name in names}
+    for name in sorted(both, key=lambda name: -both[name]):
+        add(name, halves["forward"].get(f"forward/{name}"), halves["backward"].get(f"backward/{name}"), both[name])
     shown.add_section()
     forward, backward = (profile.seconds.get(half, 0.0) for half in halves)
     add("forward and backward", forward, backward, forward + backward)
@@ -161,12 +161,19 @@ def page(profile: StepProfile, title: str, note: str) -> str:
     ids, parents, labels, values = zip(*boxes(profile), strict=True)
     figure = go.Figure(
         go.Icicle(
-            ids=ids, parents=parents, labels=labels, values=[value * 1e3 for value in values], branchvalues="total",
-            tiling={"orientation": "v"}, sort=False, hovertemplate="%{label}: %{value:.2f} ms, %{percentRoot:.1%}"
-            "<extra></extra>", texttemplate="%{label}<br>%{value:.2f} ms",
+            ids=ids,
+            parents=parents,
+            labels=labels,
+            values=[value * 1e3 for value in values],
+            branchvalues="total",
+            root_color="lightgray",
+            tiling={"orientation": "v"},
+            sort=False,
+            hovertemplate="%{label}: %{value:.2f} ms, %{percentRoot:.1%}<extra></extra>",
+            texttemplate="%{label}<br>%{value:.2f} ms",
         ),
         {"height": 640, "margin": {"t": 10, "b": 10, "l": 10, "r": 10}},
-    )  # fmt: skip
+    )
     drawn = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     lines = "".join(
         f"<tr><td>{html.escape(name)}<td>{value * 1e3:.3f}<td>{value / profile.total:.1%}"

@@ -6,7 +6,7 @@ stands where their number depends on the run.
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from trainer.phases import PHASES
 
@@ -18,7 +18,6 @@ def workspace(entity: str, project: str, *, group: str = "", name: str = NAME) -
     """A workspace of wandb-workspaces; `group`: show the runs of one group only, an ablation's for instance."""
     import wandb_workspaces.workspaces as ws
 
-    filters = [ws.RunsetSettings(filters=[_is_group(group)])] if group else []
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -28,7 +27,7 @@ def workspace(entity: str, project: str, *, group: str = "", name: str = NAME) -
             for title, panels in _sections()
         ],
         settings=ws.WorkspaceSettings(x_axis="step", smoothing_type="exponential", smoothing_weight=0),
-        **({"runset_settings": filters[0]} if filters else {}),
+        runset_settings=ws.RunsetSettings(filters=[_is_group(group)] if group else []),
     )
 
 
@@ -59,7 +58,7 @@ def _sections() -> Sequence[tuple[str, list[Any]]]:
     def matching(title: str, regex: str) -> Any:
         return wr.LinePlot(title=title, x="step", metric_regex=regex)
 
-    def number(title: str, metric: str, aggregate: str) -> Any:
+    def number(title: str, metric: str, aggregate: Literal["min", "mean"]) -> Any:
         return wr.ScalarChart(title=title, metric=metric, groupby_aggfunc=aggregate)
 
     return (

@@ -35,6 +35,7 @@ from trainer.engine import Engine
 from trainer.errors import ConfigError, StorageError
 from trainer.hooks import HookList
 from trainer.loop import StopSignal
+from trainer.metrics import Row
 from trainer.phases import PhaseClock
 from trainer.process_group import start_process_group, stop_process_group
 from trainer.profiling import ProfileConfig, StepProfiler
@@ -109,13 +110,13 @@ class _Rows:
     """Keeps the rows of steps, and when each came."""
 
     def __init__(self) -> None:
-        self.rows: list[Mapping[str, Any]] = []
+        self.rows: list[Row] = []
         self._at: list[float] = []
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             if "loss" in row:
-                self.rows.append(row)
+                self.rows.append(dict(row))
                 self._at.append(time.perf_counter())
 
     def seconds(self, which: slice) -> float:

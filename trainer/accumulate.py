@@ -240,6 +240,10 @@ class _StepRun:
 
     def _forward(self, m: int) -> Forwarded:
         """Forward one micro-batch; what the gather needs is noted the first time."""
+        with self._clock.phase("losses"):
+            return self._sample_losses(m)
+
+    def _sample_losses(self, m: int) -> Forwarded:
         batch, split, tokens_s = self._batches[m], self._splits[m], self._tokens[m]
         with self._clock.phase("forward"):
             output = self._engine.forward(batch.tokens_bT, batch.labels_bT, batch.documents_bT)

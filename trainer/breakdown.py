@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from trainer.engine import Engine
 from trainer.phases import PhaseClock, set_cut
@@ -31,6 +32,7 @@ class Breakdown:
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self._clock = clock
         self._stack: list[str] = []
+        self._outputs = WeakTensorKeyDictionary()  # of parts, as a set
         self._undo: list[Callable[[], None]] = []
         module = engine.module
         parts: list[tuple[str, nn.Module]] = [(_WHOLE, module), *getattr(module, "timed_parts", tuple)()]
@@ -58,7 +60,7 @@ class Breakdown:
             if name == _WHOLE:
                 self._stack.clear()
             outer = self._stack[-1] if self._stack else ""
-            self._mark([*args, *kwargs.values()], outer)
+            self._mark([*args, *kwargs.values()], outer, is_input=True)
             self._stack.append(name)
             self._clock.switch(f"forward/{name}")
 
@@ -85,8 +87,12 @@ class Breakdown:
         self._stack[-1] = part
         self._clock.switch(f"forward/{part}")
 
-    def _mark(self, values: list[Any], part: str) -> None:
-        """When the backward reaches one of these tensors, what follows is `part`; "" is the engine."""
+    def _mark(self, values: list[Any], part: str, *, is_input: bool = False) -> None:
+        """When the backward reaches one of these tensors, what follows is `part`; "" is the engine.
+
+        Where one part's output is another's input, the backward leaves the one and enters the other: it is the output
+        that tells which.
+        """
 
         def hook(gradient: Tensor) -> None:
             if self._clock.is_running and self._clock.current.startswith("backward"):
@@ -94,8 +100,10 @@ class Breakdown:
 
         if torch.is_grad_enabled():
             for tensor in _tensors(values):
-                if tensor.requires_grad and tensor.is_floating_point():
+                if tensor.requires_grad and tensor.is_floating_point() and not (is_input and tensor in self._outputs):
                     tensor.register_hook(hook)
+                    if not is_input:
+                        self._outputs[tensor] = None
 
     def _wrap(self, name: str, owner: Any, method: str) -> None:
         original = getattr(owner, method)

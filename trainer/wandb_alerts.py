@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from trainer.errors import NumericError
+
 Level = Literal["INFO", "WARN", "ERROR"]
 
 _DECAY = 0.98
@@ -92,7 +94,11 @@ class AlertRules:
 
 
 def ending(error: BaseException) -> tuple[str, str, Level]:
-    """What to say when a run ends with an error: its first line, under a title of its own for failed certificates."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    """What to say when a run ends with an error, under a title of its own for failed certificates.
+
+    Only what is wrong with its numbers is told; other messages hold paths and hosts.
+    """
+    line = (str(error).splitlines() or [""])[0]
     title = "balance certificate failed" if "balance certificate" in line else "run failed"
-    return title, f"{type(error).__name__}: {line[:300]}", "ERROR"
+    told = line[:300] if isinstance(error, NumericError) else "log.txt says more"
+    return title, f"{type(error).__name__}: {told}", "ERROR"

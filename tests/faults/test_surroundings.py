@@ -48,8 +48,10 @@ def slow(two_ranks: Reference) -> Job:
 @pytest.mark.fault(28, "slow rank, slow disk")
 def test_slowness_is_no_failure(slow: Job, two_ranks: Reference) -> None:
     assert_same_run(slow.run_dir, two_ranks.run_dir)
-    fifth = [row["time/step_s"] for row in rows(slow.run_dir) if row.get("step") == 5 and "loss" in row]
-    assert float(fifth[0]) > 4, "the slow step is on record"  # type: ignore[arg-type]
+    (fifth,) = [row for row in rows(slow.run_dir) if row.get("step") == 5 and "loss" in row]
+    assert float(fifth["time/step_s"]) > 4, "the slow step is on record"  # type: ignore[arg-type]
+    assert fifth["time/slowest_rank"] == 1
+    assert float(fifth["time/rank_spread"]) > 10  # type: ignore[arg-type]
 
 
 @pytest.mark.fault(28, "slow disk does not hold training")
@@ -65,6 +67,16 @@ def test_what_fails_once_is_tried_again(slow: Job) -> None:
     assert "checkpoint of step 14: rank 1: [Errno 5] Input/output error" in slow.log
     assert "trying once more" in slow.log
     assert not leftovers(slow.run_dir)
+
+
+@pytest.mark.fault(28, "a rank that is slow for long is named")
+def test_a_rank_that_lags_is_named(two_ranks: Reference) -> None:
+    run_dir = two_ranks.config.parent / "lagging"
+    job = Job(two_ranks.config, run_dir, ranks=2, fault=",".join(f"sleep=0.3@1:{n}:forward" for n in range(3, 16)))
+    assert job.end() == 0, job.log[-3000:]
+    assert_same_run(run_dir, two_ranks.run_dir)
+    (line,) = [line for _, line in job.lines if "times as long as the median rank" in line]
+    assert f"rank 1 ({socket.gethostname()})" in line
 
 
 @pytest.mark.fault(2, "all ranks and the launcher killed (-9) at random")

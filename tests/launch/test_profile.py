@@ -75,6 +75,7 @@ def test_operations_belong_to_the_part_they_begin_in() -> None:
     events = [
         Event(f"{MARK}forward/head", 0, 0, 0), Event("aten::mm", 1, 5, 4), Event("aten::add", 5, 6, 1),
         Event(f"{MARK}backward", 10, 10, 0), Event("aten::mm", 12, 20, 8), Event("forward", 0, 10, 3),
+        Event("backward/reduce", 10, 20, 2),
     ]  # fmt: skip
     shares = operations_by_part(events, on_cuda=False)
     assert shares == {"forward/head": {"aten::mm": 0.4, "aten::add": 0.1}, "backward": {"aten::mm": 0.8}}

@@ -96,6 +96,8 @@ BAD_VALUES = {
     "data.packing=best_fit": "set model.document_mask to true",
     "data.packing=worst_fit": "data.packing",
     "wandb.mode=loud": "wandb.mode",
+    "profile.trace_steps=[5000]": "profile.trace_steps: 5000 is beyond the last step",
+    "profile.slow_rank_factor=0.5": "must be above 1",
 }  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from tests.wandb_files import config_of, records, values_of
 from tests.wandb_server import WandbServer, wandb_server
-from trainer.errors import NumericError
+from trainer.errors import NumericError, StorageError
 from trainer.metrics import JsonlLog
+from trainer.wandb_alerts import ending
 from trainer.wandb_sink import ID_FILE, WandbConfig, WandbSink, end_service, run_id
 
 CONFIG = {
@@ -160,6 +161,13 @@ def test_alerts_reach_the_server_and_are_rate_limited(tmp_path: Path, server: Wa
     assert found[("slow rank", "WARN")] == "rank 3 (node-b)"
     assert found[("balance certificate failed", "ERROR")].endswith("a bias is not float32")
     assert len(server.alerts) == len(found) == 4, "the second spike, and later reports of dead experts, are held back"
+
+
+def test_only_numbers_are_told_of_an_error() -> None:
+    assert ending(StorageError("/secret/path: no space left"))[1] == "StorageError: log.txt says more"
+    assert ending(NumericError("step 9: 10 steps in a row were skipped"))[:2] == (
+        "run failed", "NumericError: step 9: 10 steps in a row were skipped",
+    )  # fmt: skip
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
