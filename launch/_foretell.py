@@ -77,8 +77,17 @@ def cluster_of(arguments: Namespace, *, needs_whole_step: bool) -> Cluster:
     )
 
 
+def _refuse_unknown(config: RunConfig) -> None:
+    """ConfigError for a layout whose cost nothing here knows."""
+    if config.engine.sequence_parallel_size > 1:
+        raise ConfigError("engine.sequence_parallel_size: is not foretold; set it to 1 with --predict")
+    if config.engine.offload_optimizer:
+        raise ConfigError("engine.offload_optimizer: is not foretold; set it to false with --predict")
+
+
 def tables(config: RunConfig, vocab_size: int, cluster: Cluster) -> list[Table]:
     """The step as configured, the fastest layouts that fit, and the assumptions that matter most."""
+    _refuse_unknown(config)
     if config.engine.precision != "bf16":
         raise ConfigError("engine.precision: steps are foretold in bf16 only; set engine.precision=bf16")
     constants = Constants()

@@ -53,8 +53,12 @@ def advice(config: RunConfig, world_size: int) -> str:
         steps.append("engine.zero_stage=2 (gradients and optimizer state shared by the ranks)")
     elif world_size > 1 and engine.zero_stage == 2 and engine.expert_parallel_size == 1:
         steps.append("engine.zero_stage=3 (parameters shared too), or engine.expert_parallel_size above 1")
+    if torch.cuda.is_available() and engine.zero_stage > 0 and not engine.offload_optimizer:
+        steps.append("engine.offload_optimizer=true (Adam's numbers in the host's memory, slower steps)")
     if not steps:
-        steps.append("more ranks, or a smaller model or train.sequence_length")
+        steps.append(
+            "engine.sequence_parallel_size (the tokens of a row over ranks), more ranks, or a smaller model or train.sequence_length"
+        )
     return "try, in this order: " + ", ".join(steps)
 
 

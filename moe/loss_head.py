@@ -8,8 +8,8 @@ Decisions:
   of samples, documents or tokens. The price is a fourth product of [N, D] and [V, D] beside the plain head's three.
 - Types are those of the plain head: products in the parameters' type, softmax in float32, gradients of the parameters
   rounded once to their type. The gradient of the hidden states is added up over tiles in float32.
-- torch's own `linear_cross_entropy` (2.13) cuts tokens instead; it is slower on CPU, and returns the losses of bf16
-  models in bf16, which is too coarse to weigh samples by.
+- torch's own `linear_cross_entropy` (2.13) cuts tokens instead, and returns the losses of bf16 models in bf16, which is
+  too coarse to weigh samples by.
 
 Shape letters: N tokens, D model width, V vocabulary, t tile of the vocabulary.
 """
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 IGNORED_LABEL = -100
 
-TILE_BYTES = 2**26
-"""Size of the largest float32 tile of logits that is chosen by itself."""
+WHOLE_BYTES = 2**26
+"""Float32 logits of a micro-batch up to this size are made at once, unless the configuration says otherwise."""
+TILE_BYTES = 2**23
+"""Size of a float32 tile that is chosen by itself: passes over it find it in a CPU's cache."""
 
 _SMALLEST_TILE = 1024  # below it products no longer fill a GPU
 
@@ -34,8 +36,12 @@ def tile_size(configured: int, tokens: int, vocab_size: int) -> int:
 
     `configured`: `loss_tile` of the model's configuration, 0 chooses by memory.
     """
-    chosen = configured or max(TILE_BYTES // (4 * max(tokens, 1)) // _SMALLEST_TILE * _SMALLEST_TILE, _SMALLEST_TILE)
-    return min(chosen, vocab_size)
+    if configured:
+        return min(configured, vocab_size)
+    if 4 * tokens * vocab_size <= WHOLE_BYTES:
+        return vocab_size
+    fitting = TILE_BYTES // (4 * tokens) // _SMALLEST_TILE * _SMALLEST_TILE
+    return min(max(fitting, _SMALLEST_TILE), vocab_size)
 
 
 class OutputHead(nn.Linear):

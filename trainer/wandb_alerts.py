@@ -1,8 +1,8 @@
 """What is worth an alert, from rows of metrics: pure rules, and how often each may speak.
 
 Rules (each named by what it says):
-- loss spike: a step's loss lies six standard deviations and a tenth above the mean of the last hundred or so;
-- step skipped: a loss or gradient was not finite;
+- loss spike: the run says that a step's loss is one (trainer/spikes.py);
+- step skipped: a loss or gradient was not finite, or the spike was not to be applied;
 - dead experts: some expert got no token, thirty steps in a row.
 What else a run has to say (a slow rank, how it ended) comes with `said`. A kind speaks once in `every_s` seconds; what
 it had to say in between is counted and told with its next alert.
@@ -18,9 +18,6 @@ from trainer.errors import NumericError
 
 Level = Literal["INFO", "WARN", "ERROR"]
 
-_DECAY = 0.98
-_SETTLING_STEPS = 50
-_SIGMAS, _SHARE = 6.0, 0.1
 _DEAD_STEPS = 30
 
 
@@ -41,8 +38,7 @@ class AlertRules:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._mean = self._variance = math.nan
-        self._steps = self._dead_steps = 0
+        self._dead_steps = 0
         self._last: dict[str, float] = {}
         self._held_back: dict[str, int] = {}
 
@@ -64,25 +60,14 @@ class AlertRules:
         return Alert(title, text + (f" ({more} more since the last alert of this kind)" if more else ""), level)
 
     def _skipped(self, row: Mapping[str, Any]) -> tuple[str, str, Level] | None:
-        if row.get("step/applied", 1):
+        if row.get("step/applied", 1) or row.get("step/spike"):
             return None
         return "step skipped", f"step {row['step']}: a loss or gradient was not finite; nothing was changed", "WARN"
 
     def _spike(self, row: Mapping[str, Any]) -> tuple[str, str, Level] | None:
-        loss = row["loss"]
-        if loss is None or not math.isfinite(loss):
+        if not row.get("step/spike"):
             return None
-        mean, sigma = self._mean, math.sqrt(max(self._variance, 0.0)) if self._steps else 0.0
-        is_spike = self._steps >= _SETTLING_STEPS and loss > mean + max(_SIGMAS * sigma, _SHARE * abs(mean))
-        if not is_spike:  # a spike must not raise what the next one is measured by
-            gain = max(1 - _DECAY, 1 / (self._steps + 1))
-            old = mean if self._steps else loss
-            self._mean = old + gain * (loss - old)
-            spread = (loss - old) * (loss - self._mean)
-            self._variance = spread if not self._steps else self._variance + gain * (spread - self._variance)
-            self._steps += 1
-            return None
-        return "loss spike", f"step {row['step']}: loss {loss:.4f}, lately {mean:.4f} +- {sigma:.4f}", "WARN"
+        return "loss spike", f"step {row['step']}: loss {row['loss']:.4f}, lately {row['loss/ema']:.4f}", "WARN"
 
     def _dead(self, row: Mapping[str, Any]) -> tuple[str, str, Level] | None:
         dead = row.get("moe/dead_experts") or 0

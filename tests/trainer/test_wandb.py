@@ -152,11 +152,13 @@ def test_a_server_gets_the_run_once_whatever_happens_to_the_job(tmp_path: Path, 
 def test_alerts_reach_the_server_and_are_rate_limited(tmp_path: Path, server: WandbServer) -> None:
     sink = WandbSink(WandbConfig(mode="online"), run_dir=tmp_path, run_name="test", resolved_config={})
     for step in range(1, 101):
-        sink.log({"step": step, "loss": 9.0 if step in (80, 90) else 2.0 + 0.01 * (step % 3), "moe/dead_experts": 2})
+        is_spike = step in (80, 90)
+        row = {"loss": 9.0 if is_spike else 2.0, "loss/ema": 2.0, "step/spike": int(is_spike), "moe/dead_experts": 2}
+        sink.log({"step": step, **row})
     sink.alert("slow rank", "rank 3 (node-b)")
     sink.close(30, error=NumericError("balance certificate, step 7: a bias is not float32"))
     found = {(alert["title"], alert["severity"]): alert["text"] for alert in server.alerts}
-    assert found[("loss spike", "WARN")].startswith("step 80: loss 9.0000, lately 2.0")
+    assert found[("loss spike", "WARN")] == "step 80: loss 9.0000, lately 2.0000"
     assert found[("dead experts", "WARN")] == "step 30: 2 experts without a token; 30 steps now"
     assert found[("slow rank", "WARN")] == "rank 3 (node-b)"
     assert found[("balance certificate failed", "ERROR")].endswith("a bias is not float32")
