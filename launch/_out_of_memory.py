@@ -56,9 +56,7 @@ def advice(config: RunConfig, world_size: int) -> str:
     if torch.cuda.is_available() and engine.zero_stage > 0 and not engine.offload_optimizer:
         steps.append("engine.offload_optimizer=true (Adam's numbers in the host's memory, slower steps)")
     if not steps:
-        steps.append(
-            "engine.sequence_parallel_size (the tokens of a row over ranks), more ranks, or a smaller model or train.sequence_length"
-        )
+        steps.append("more ranks, engine.sequence_parallel_size above 1, or a smaller model or train.sequence_length")
     return "try, in this order: " + ", ".join(steps)
 
 

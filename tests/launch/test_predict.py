@@ -194,6 +194,8 @@ def test_fitted_constants_are_those_of_the_fit(name: str) -> None:
         (["--max-vio", "0.1"], "--max-vio: is read with --predict only"),
         (["--published"], "--published: stands alone"),
         (["--predict", "engine.precision=fp32"], "engine.precision: steps are foretold in bf16 only"),
+        (["--predict", "engine.offload_optimizer=true"], "engine.offload_optimizer: is not foretold"),
+        (["--predict", "engine.sequence_parallel_size=2"], "engine.sequence_parallel_size: is not foretold"),
         (["--predict", "--nodes", "7"], "global_batch_size: 4608 is not divisible by"),
     ],
 )
