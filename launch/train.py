@@ -112,6 +112,7 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         trainer = assemble(config, corpus, run_dir, engine, hooks, run, store, state, report.write, stop)
         reason = trainer.train()
+    store.close()
     if ranks.is_main():
         print_summary(run_dir, corpus.domain_names, reason)
     return reason

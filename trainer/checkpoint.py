@@ -128,6 +128,12 @@ class CheckpointStore:
         if saving is not None:
             saving.result()
 
+    def close(self) -> None:
+        """The run has ended well: wait for the save under way and free what it needed; every rank calls it."""
+        self.finish()
+        ranks.close_side_channel(self._channel)
+        self._channel = None
+
     def leave(self) -> None:
         """The run ends with an error: let a save that is almost done end, and wait for nobody who may be gone."""
         if self._saving is not None:

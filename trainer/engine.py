@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -190,7 +191,9 @@ class Engine:
             del model._modules[_MARKER]  # its work is done, and its name must not get into checkpoints
             self.module.join_expert_group(groups._get_expert_parallel_group(f"ep_size_{config.expert_parallel_size}"))  # type: ignore[operator]
         if config.sequence_parallel_size > 1:
-            self.module.join_sequence_group(_consecutive_ranks(config.sequence_parallel_size))  # type: ignore[operator]
+            self.module.join_sequence_group(  # type: ignore[operator]
+                _consecutive_ranks(config.sequence_parallel_size, dist.group.WORLD)
+            )
         self._forget_first_step()
 
     @property
@@ -425,8 +428,12 @@ def _adam_state(adam: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor
     return state
 
 
-def _consecutive_ranks(size: int) -> dist.ProcessGroup:
-    """The group of `size` consecutive ranks that this one is in. A collective: every rank makes every group."""
+@cache
+def _consecutive_ranks(size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks of `world` that this one is in. A collective: every rank makes every group.
+
+    Made once: DeepSpeed keeps its own for the life of a process too, and each group has threads.
+    """
     firsts = range(0, dist.get_world_size(), size)
     groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
     return groups[dist.get_rank() // size]
