@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainer import ranks
 from trainer.errors import PeerLostError
+from trainer.stale_locks import wait_for_extension_lock
 
 
 def start_process_group(timeout_s: float) -> None:
@@ -29,6 +30,7 @@ def start_process_group(timeout_s: float) -> None:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        wait_for_extension_lock()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     _use_for_later_groups(timeout)
