@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from launch._grid_state import METRICS
+from launch._tail import LineTail
 from trainer.errors import ConfigError
 
-_MARK = b'"eval/loss"'
+_MARK = '"eval/loss"'
 
 
 class Evaluations:
@@ -20,26 +21,17 @@ class Evaluations:
 
     def rewind(self) -> None:
         """Forget everything: a run that starts again writes some of its lines anew."""
-        self._offset = 0
+        self._tail = LineTail(self._path)
         self.rows: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
         """All evaluations so far; a last line that is still being written is left for the next call."""
-        try:
-            size = self._path.stat().st_size
-            if size < self._offset:
-                self.rewind()
-            if size > self._offset:
-                with self._path.open("rb") as file:
-                    file.seek(self._offset)
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
-                        self._offset += len(line)
-                        if _MARK in line and (row := _parsed(line)) is not None:
-                            self.rows.append(row)
-        except FileNotFoundError:
+        if not self._path.exists():
             self.rewind()
+        lines, began_anew = self._tail.poll()
+        if began_anew:
+            self.rows = []
+        self.rows += [row for line in lines if _MARK in line and (row := _parsed(line)) is not None]
         return self.rows
 
     def at(self, step: int, key: str) -> float | None:
@@ -60,7 +52,7 @@ class Evaluations:
         return None
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:

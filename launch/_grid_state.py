@@ -4,7 +4,6 @@ A run that has begun keeps the settings it began with: a grid file that says oth
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from configs.loader import load_run_config, to_dict, to_yaml
 from configs.schema import RunConfig
 from configs.typed import leaf_key, leaves_of
 from launch._folder_lock import folder_holder, lock_folder
+from launch._replace_file import replace_file
 from trainer.errors import CheckpointError, ConfigError, StorageError
 
 FORMAT = 1
@@ -158,11 +158,8 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(text)
-        os.replace(staging, path)
+        replace_file(path, text)
     except OSError as error:
         raise _storage_error(error, path) from error
 

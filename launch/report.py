@@ -7,12 +7,12 @@ figure, is in launch/REPORT.md.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch._cli import run_command
+from launch._replace_file import replace_file
 from launch.report_sections import SECTIONS
 from launch.report_sections._grid import GridRecord, is_grid
 from launch.report_sections._page import html_page
@@ -78,11 +78,8 @@ def page_of_grid(grid: GridRecord) -> str:
 
 def write_page(path: Path, text: str) -> Path:
     """Write a page, whole or not at all. Raises StorageError if the disk refuses."""
-    staging = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(text)
-        os.replace(staging, path)
+        replace_file(path, text)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}; free space or choose another --out") from error
     return path

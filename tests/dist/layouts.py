@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.loader import load_run_config
 from tests.dist.reference import Reference
 from tests.harness import ROOT, rows
+from trainer.engine import EngineConfig
 from trainer.errors import ConfigError
 
 PAGE = ROOT / "trainer" / "LAYOUTS.md"
@@ -35,6 +36,15 @@ class Layout(NamedTuple):
     def name(self) -> str:
         parts = [f"ZeRO {self.zero}", f"EP {self.experts}", f"SP {self.sequence}"]
         return ", ".join(parts + ["offload"] * self.offload)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether the engine has this layout: the model of these tests fits any."""
+        config = EngineConfig(
+            zero_stage=self.zero, expert_parallel_size=self.experts, sequence_parallel_size=self.sequence,
+            offload_optimizer=self.offload,
+        )  # fmt: skip
+        return not config.problems()
 
     def overrides(self, *, precision: str = "fp32", recompute: bool = False, ranks: int = RANKS) -> list[str]:
         """The settings of a run in this layout, in two micro-batches."""
