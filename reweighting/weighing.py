@@ -50,7 +50,7 @@ def sample_weights(
         weights_B = softmax_weights(scores_B, valid_B, sharpness)
     else:
         weights_B = softmax_weights(scores_B / temperature, valid_B)
-    return cap_weights(weights_B, cap / valid_B.sum()) if cap else weights_B
+    return cap_weights(weights_B, cap / valid_B.sum().double()) if cap else weights_B
 
 
 def softmax_weights(scores_B: Tensor, valid_B: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
@@ -84,7 +84,7 @@ def sharpness_for_ess(scores_B: Tensor, valid_B: Tensor, sharpness: float, floor
     The effective sample size falls with the sharpness (it is the exponential of a Renyi entropy of order 2), and is
     all valid samples at zero: so there is one answer, searched on grids without asking the device anything.
     """
-    wanted = floor * valid_B.sum()
+    wanted = floor * valid_B.sum().double()  # a float times an integer tensor would be rounded to float32
     low = torch.zeros((), dtype=torch.float64, device=scores_B.device)
     high = torch.full_like(low, sharpness)
     steps_G = torch.linspace(0, 1, _ESS_GRID, dtype=torch.float64, device=scores_B.device)

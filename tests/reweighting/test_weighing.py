@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -179,6 +179,7 @@ def test_capped_weights_solve_the_capped_problem(
     assert value(capped_B) >= value(other_B) - 1e-9
 
 
+@example(losses_B=torch.tensor([1.0, 6.0, 12.0], dtype=torch.float64), name="linupper", r=1.0, floor=0.95)
 @given(losses_B=spread_losses(3), name=names, r=st.floats(0.05, 2), floor=st.floats(0.05, 0.95))
 def test_effective_sample_size_has_a_floor(losses_B: Tensor, name: str, r: float, floor: float) -> None:
     n = losses_B.numel()
