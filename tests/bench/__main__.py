@@ -23,10 +23,10 @@ FAMILIES = {
     "memory": memory.measure,
     "hooks": hooks.measure,
     "collectives": collectives.measure,
-    "loss_head": loss_head.measure,
-    "layer": layer.measure,
     "train_step": train_step.measure,
     "engine": engine.measure,
+    "loss_head": loss_head.measure,
+    "layer": layer.measure,
 }
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.bias_hook import ExpertBiasConfig, ExpertBiasHook
 from moe.model import MoEDecoder
 from reweighting.hook import SampleReweightConfig, SampleReweightHook
+from tests.bench.group import join_process_group
 from tests.bench.hooks import MODEL, VOCAB
 from tests.bench.report import Report
 from tests.moe.test_bias_hook import APPLIED, Records, run_of, step_of
@@ -47,9 +47,7 @@ class LocalEngine:
 def measure(report: Report) -> None:
     """Collectives of one step with both hooks, in a group of one rank: how many there are does not depend on ranks."""
     torch.manual_seed(0)
-    own_group = not dist.is_initialized()
-    if own_group:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    join_process_group()
     model = MoEDecoder(MODEL, vocab_size=VOCAB)
     bias, weights = ExpertBiasHook(ExpertBiasConfig()), SampleReweightHook(SampleReweightConfig())
     for hook in (bias, weights):
@@ -70,5 +68,3 @@ def measure(report: Report) -> None:
     for name, count in counts.items():
         report.add(f"collectives/{name}", count)
     report.add("collectives/extra", sum(counts.values()))
-    if own_group:
-        dist.destroy_process_group()

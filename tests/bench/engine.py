@@ -10,33 +10,30 @@ import torch
 from torch import nn
 
 from moe.model import MoEDecoder
+from tests.bench.group import join_process_group
 from tests.bench.hooks import MODEL, VOCAB
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
 from trainer.engine import Engine, EngineConfig
 from trainer.optim import OptimizerConfig, build_adamw
-from trainer.process_group import start_process_group, stop_process_group
 
 STAGES = (0, 1, 2, 3)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 CPU = torch.device("cpu")
 
 
-def measure(report: Report, rounds: int = 9) -> None:
+def measure(report: Report, rounds: int = 5) -> None:
     """Ratio of a step's CPU time, DeepSpeed's over plain torch's."""
     torch.manual_seed(0)
     model = MoEDecoder(MODEL, vocab_size=VOCAB)
     tokens_BT = torch.randint(0, VOCAB, (4, 128))
     documents_BT = torch.zeros_like(tokens_BT)
-    start_process_group(60)
-    try:
-        steps = {"torch": _plain(copy.deepcopy(model), tokens_BT, documents_BT)}
-        steps |= {f"zero_{s}": _engine(copy.deepcopy(model), s, tokens_BT, documents_BT) for s in STAGES}
-        losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
-        assert all(torch.allclose(torch.tensor(of), torch.tensor(losses["torch"]), rtol=1e-5) for of in losses.values())
-        times = interleaved(dict(steps), rounds=rounds)
-    finally:
-        stop_process_group()
+    join_process_group()
+    steps = {"torch": _plain(copy.deepcopy(model), tokens_BT, documents_BT)}
+    steps |= {f"zero_{s}": _engine(copy.deepcopy(model), s, tokens_BT, documents_BT) for s in STAGES}
+    losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
+    assert all(torch.allclose(torch.tensor(of), torch.tensor(losses["torch"]), rtol=1e-5) for of in losses.values())
+    times = interleaved(dict(steps), rounds=rounds)
     for stage in STAGES:
         of, to = times[f"zero_{stage}"], times["torch"]
         report.add(f"engine/zero_{stage}", of.median / to.median, of.minimum / to.minimum)

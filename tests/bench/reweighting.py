@@ -23,6 +23,7 @@ from rich.table import Table
 from configs.loader import load_run_config
 from launch._corpus import open_corpus
 from launch.train import build, open_loader
+from tests.bench.group import join_process_group
 from tests.bench.timing import Timing, interleaved
 from tests.harness import environment, run, tiny_config, write_corpus_source
 from trainer import ranks
@@ -80,12 +81,9 @@ def step_times() -> dict[str, Timing]:
     """CPU time of a step in each mode, on a corpus of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         config_path = timed_config(Path(temporary), small_corpus(Path(temporary)))
-        start_process_group(60)
-        try:
-            # The first two steps of a run are special.
-            return interleaved({mode: stepper(config_path, mode) for mode in MODES}, rounds=ROUNDS, warm_up=2)
-        finally:
-            stop_process_group()
+        join_process_group()
+        # The first two steps of a run are special.
+        return interleaved({mode: stepper(config_path, mode) for mode in MODES}, rounds=ROUNDS, warm_up=2)
 
 
 def small_corpus(folder: Path) -> DataConfig:

@@ -10,6 +10,7 @@ import torch
 from moe.bias_hook import ExpertBiasConfig, ExpertBiasHook
 from moe.config import ModelConfig
 from moe.model import MoEDecoder
+from tests.bench.group import join_process_group
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
 from tests.moe.test_bias_hook import run_of
@@ -20,14 +21,13 @@ from trainer.engine import Engine, EngineConfig
 from trainer.hooks import HookList, StepResult
 from trainer.metrics import MetricBuffer
 from trainer.optim import OptimizerConfig, build_adamw
-from trainer.process_group import start_process_group, stop_process_group
 
 VOCAB, SEQUENCE, MICRO_BATCH, MICRO_BATCHES, LEARNING_RATE = 4096, 256, 4, 2, 1e-4
 ENGINE = EngineConfig(zero_stage=1, precision="fp32")
 OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE)
 
 
-def measure(report: Report, rounds: int = 9) -> None:
+def measure(report: Report, rounds: int = 4) -> None:
     """Ratio of tokens a second, ours over theirs."""
     import transformers
 
@@ -52,14 +52,11 @@ def measure(report: Report, rounds: int = 9) -> None:
         vocab_size=VOCAB,
     )  # fmt: skip
     copy_weights(ours, theirs)
-    start_process_group(60)
-    try:
-        steps = {"ours": _Ours(ours), "theirs": _Theirs(theirs)}
-        losses = {name: float(step()) for name, step in steps.items()}
-        assert abs(losses["ours"] - losses["theirs"]) < 1e-4 * losses["ours"], losses
-        times = interleaved(dict(steps), rounds=rounds, warm_up=2)
-    finally:
-        stop_process_group()
+    join_process_group()
+    steps = {"ours": _Ours(ours), "theirs": _Theirs(theirs)}
+    losses = {name: float(step()) for name, step in steps.items()}
+    assert abs(losses["ours"] - losses["theirs"]) < 1e-4 * losses["ours"], losses
+    times = interleaved(dict(steps), rounds=rounds, warm_up=2)
     report.add(
         "train_step/tokens_ratio",
         times["theirs"].median / times["ours"].median,

@@ -43,7 +43,7 @@ def test_a_node_that_comes_back_resumes_the_run(
     assert struck.end() == -signal.SIGKILL, "and its rank with it: nothing is left on this node"
     noticed = survivor.when("error (rank 0)", 30)
     record_property("detected_in", noticed - before)
-    assert checkpoints(run_dir)[-1] == 6
+    assert checkpoints(run_dir)[-1] in (4, 6), "the newest that was published: 6 may still have been in writing"
     record_property("steps_lost", lost_steps(run_dir))
     assert_begins_like(on_record(run_dir), two_ranks.run_dir)
 
@@ -108,4 +108,4 @@ def test_the_others_do_not_wait_forever(nodes: list[Node], two_ranks: Reference,
     assert survivor.end() == 5, survivor.log[-3000:]
     record_property("detected_in", time.monotonic() - before)
     assert any(line.startswith("error: rendezvous at 10.213.7.1") for line in survivor.errors), survivor.log[-3000:]
-    assert checkpoints(run_dir)[-1] == 6
+    assert checkpoints(run_dir)[-1] in (4, 6), "the newest that was published: 6 may still have been in writing"
