@@ -1,7 +1,8 @@
 """Auxiliary-loss-free balancing as a hook: after each applied step the selection bias follows the loads.
 
 Decisions:
-- Loads are of the whole optimizer step: all micro-batches, all ranks, one all-reduce for all layers.
+- Loads are of the whole optimizer step: all micro-batches, all ranks, one all-reduce for all layers. It starts when the
+  last forward is over and travels while the last backward computes.
 - A skipped step moves nothing and its loads are thrown away.
 - The bias is float32, lives in the routers, and is saved by this hook too: engines cast or drop buffers.
 - Every evaluation ends with a certificate that all this is so (moe/certificate.py).
@@ -11,9 +12,9 @@ Shape letters: E experts, Q threshold bins, L MoE layers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,7 @@ class ExpertBiasHook(Hook):
         self.owns = frozenset() if self._rule is None else frozenset({"expert_bias"})
         self.needs = frozenset({"weights"}) if config.count == "weight" else frozenset()
         self._has_weights = False
+        self._summed: Callable[[], _Sums] | None = None  # the loads on their way between ranks
         self._updates = 0
         self._states: list[dict[str, Tensor]] = []
         self._total_steps = 0
@@ -194,10 +196,16 @@ class ExpertBiasHook(Hook):
             model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
         )
 
+    def before_last_backward(self, step: StepContext) -> None:
+        """Send the loads of the step on their way."""
+        self._start_sum(step, weighed=self._has_weights)
+
     def after_step(self, step: StepContext, result: StepResult) -> None:
         """Take the loads of the step, and move the biases if the optimizer moved."""
-        own = self._model.take_loads("train")
-        loads, masses = _sum_over_ranks(own, _masses(own, step) if result.applied and self._has_weights else [])
+        if self._summed is None:  # skipped before the last backward, or a loop that does not announce it
+            self._start_sum(step, weighed=result.applied and self._has_weights)
+        assert self._summed is not None
+        (loads, masses), self._summed = self._summed(), None
         if self._certificate is not None:
             self._certificate.before_move()
         if result.applied:
@@ -209,8 +217,12 @@ class ExpertBiasHook(Hook):
                 counts = [layer.counts_E for layer in loads]
                 self._certificate.observe_loads(counts, step.tokens_B.sum())
         self._record(step, loads)
-        if masses:
+        if masses and result.applied:
             _record_masses(step, [layer.counts_E for layer in loads], masses)
+
+    def _start_sum(self, step: StepContext, *, weighed: bool) -> None:
+        own = self._model.take_loads("train")
+        self._summed = _start_sum_over_ranks(own, _masses(own, step) if weighed else [])
 
     def on_evaluate_domain(self, domain: int) -> None:
         """Put the domain's held-out loads aside."""
@@ -299,22 +311,33 @@ class ExpertBiasHook(Hook):
         step.record("moe/bias_mean", biases.mean())
 
 
-def _sum_over_ranks(loads: Sequence[RoutingStats], masses: Sequence[Tensor]) -> tuple[list[RoutingStats], list[Tensor]]:
-    """Loads and weight masses of all layers summed over ranks, in one collective.
+class _Sums(NamedTuple):
+    """Loads and weight masses of all layers over all ranks."""
+
+    loads: list[RoutingStats]
+    masses: list[Tensor]
+
+
+def _start_sum_over_ranks(loads: Sequence[RoutingStats], masses: Sequence[Tensor]) -> Callable[[], _Sums]:
+    """Begin to sum loads and weight masses of all layers over ranks, in one collective; the result waits for it.
 
     Layers may have different numbers of experts. Counts of single samples stay on their rank and are left out.
     """
     additive = [layer._replace(by_sample_SE=None) for layer in loads]
     tensors = [tensor for layer in additive for tensor in layer if tensor is not None]
     # Beside masses the counts ride in float64, which holds them exactly up to 2^53.
-    flat = ranks.all_reduce_(torch.cat([tensor.flatten() for tensor in (*tensors, *masses)]))
-    parts = iter(flat.split([tensor.numel() for tensor in (*tensors, *masses)]))
+    finish = ranks.start_all_reduce_(torch.cat([tensor.flatten() for tensor in (*tensors, *masses)]))
 
-    def next_like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else next(parts).view_as(tensor).to(tensor.dtype)
+    def sums() -> _Sums:
+        parts = iter(finish().split([tensor.numel() for tensor in (*tensors, *masses)]))
 
-    summed = [RoutingStats(*(next_like(tensor) for tensor in layer)) for layer in additive]  # type: ignore[arg-type]
-    return summed, list(parts)
+        def next_like(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else next(parts).view_as(tensor).to(tensor.dtype)
+
+        summed = [RoutingStats(*(next_like(tensor) for tensor in layer)) for layer in additive]  # type: ignore[arg-type]
+        return _Sums(summed, list(parts))
+
+    return sums
 
 
 def _masses(loads: Sequence[RoutingStats], step: StepContext) -> list[Tensor]:

@@ -175,8 +175,8 @@ class _StepRun:
             if last > 0:
                 self._engine.abandon(forwarded.weighted_s.sum())
             return done
-        self._backward(
-            objective.share(forwarded.weighted_s, self._own(coefficients_B, last), forwarded.features_bX), last=True
+        self._last_backward(
+            objective.share(forwarded.weighted_s, self._own(coefficients_B, last), forwarded.features_bX), done.context
         )
         self._record_penalty(objective)
         return done
@@ -202,7 +202,7 @@ class _StepRun:
             if last > 0:
                 self._engine.abandon(forwarded.weighted_s.sum())
             return done
-        self._backward(objective.share(forwarded.weighted_s, numerators[last], None), last=True)
+        self._last_backward(objective.share(forwarded.weighted_s, numerators[last], None), done.context)
         return done
 
     def whole_step(self) -> AccumulatedStep:
@@ -231,10 +231,11 @@ class _StepRun:
             else:
                 generators[m - num_kept].restore(self._device)
                 forwarded = self._forward(m)
-            self._backward(
-                objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX),
-                last=m == last,
-            )
+            share = objective.share(forwarded.weighted_s, self._own(coefficients_B, m), forwarded.features_bX)
+            if m < last:
+                self._backward(share, last=False)
+            else:
+                self._last_backward(share, done.context)
         self._record_penalty(objective)
         return done
 
@@ -270,6 +271,12 @@ class _StepRun:
     def _backward(self, objective: Tensor, *, last: bool) -> None:
         with self._clock.phase("backward"):
             self._engine.backward(objective, last=last)
+
+    def _last_backward(self, objective: Tensor, step: StepContext) -> None:
+        """The backward after which gradients are reduced; what hooks have to sum over ranks travels beside it."""
+        with self._clock.phase("hooks"):
+            self._hooks.before_last_backward(step)
+        self._backward(objective, last=True)
 
     def _gather(self, **values: Sequence[Tensor]) -> GlobalBatch:
         if self._token_weights:

@@ -9,7 +9,9 @@ The loop, with every event in place:
         domain_factors(), frozen_weights()         what is fixed before the step, if anything
         for each micro-batch: fetch, forward -> token losses -> token_weights(losses) -> sample losses
         on_losses(step)            all B sample losses of this step; the owner of "weights" may set them
-        backward of sum_i c_i l_i, gradients reduced, clipped
+        backward of sum_i c_i l_i, micro-batch by micro-batch
+        before_last_backward(step) every forward is over: what the hooks sum over ranks can travel meanwhile
+        the last backward, gradients reduced, clipped
         before_step(step)
         result = engine.step()     applied or skipped, decided alike on every rank
         after_step(step, result)   the owner of "expert_bias" moves it here, only when result.applied
@@ -228,6 +230,13 @@ class Hook:
         In a frozen step (`step.used_B` is set) all but one backward are over, and weights set here change nothing.
         """
 
+    def before_last_backward(self, step: StepContext) -> None:
+        """Every forward of the step is over, and its last backward, which reduces the gradients, is about to begin.
+
+        The place to start a collective whose result `after_step` needs (`ranks.start_all_reduce_`). Not called in a
+        step that is skipped for its losses.
+        """
+
     def before_step(self, step: StepContext) -> None:
         """Gradients are complete; the optimizer has not moved."""
 
@@ -342,6 +351,10 @@ class HookList:
             step._weights_owner = "weights" in hook.owns
             hook.on_losses(step)
         step._weights_owner = False
+
+    def before_last_backward(self, step: StepContext) -> None:
+        for hook in self._hooks.values():
+            hook.before_last_backward(step)
 
     def before_step(self, step: StepContext) -> None:
         for hook in self._hooks.values():

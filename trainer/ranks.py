@@ -5,6 +5,7 @@ identity. That is what lets the plain single-process reference and the hooks' un
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -53,6 +54,22 @@ def all_reduce_(tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
     if is_distributed():
         dist.all_reduce(tensor, op=_OPS[reduction])
     return tensor
+
+
+def start_all_reduce_(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to sum `tensor` over all ranks in place; the returned function waits for that and returns it.
+
+    On CUDA it lets the current stream wait, not the host. Until then the tensor belongs to the collective.
+    """
+    if not is_distributed():
+        return lambda: tensor
+    work = dist.all_reduce(tensor, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return tensor
+
+    return finish
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -72,6 +72,23 @@ def test_applied_step_moves_every_layer_by_its_own_loads() -> None:
     assert expected.any()
 
 
+@pytest.mark.parametrize("result", [APPLIED, SKIPPED])
+def test_loads_sent_before_the_last_backward_are_those_of_the_step(result: StepResult) -> None:
+    moved = []
+    for early in (False, True):
+        hook, model = started()
+        forward(model, seed=1)
+        if early:
+            hook.before_last_backward(step_of(Records()))
+            assert not any(counts_E.any() for counts_E in model.take_counts("train")), "they are on their way"
+        hook.after_step(step_of(Records()), result)
+        forward(model, seed=2)
+        hook.after_step(step_of(Records()), APPLIED)
+        moved.append(biases(model))
+    assert torch.equal(*moved)
+    assert moved[0].any()
+
+
 def test_skipped_step_moves_nothing_and_forgets_its_loads() -> None:
     hook, model = started()
     forward(model, seed=1)

@@ -1,10 +1,18 @@
-"""The coefficients of the objective."""
+"""The coefficients of the objective, and what happens when in a step."""
+
+import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.bench.collectives import LocalEngine
+from tests.moe.test_bias_hook import Records
+from trainer.accumulate import AccumulationMode, Accumulator
+from trainer.data.loader import MicroBatch
+from trainer.hooks import Hook, HookList, StepContext
 from trainer.objective import SampleSplit, loss_coefficients
 
 
@@ -41,3 +49,64 @@ def test_token_normalisation_is_the_mean_over_all_tokens() -> None:
     means_B = split.sums(losses_BT) / split.tokens().clamp(min=1)
     objective = (loss_coefficients(split.tokens(), None, "tokens") * means_B).sum()
     assert objective.item() == pytest.approx(losses_BT[kept_BT].mean().item(), rel=1e-6)
+
+
+class Diary(Hook):
+    """Notes the events of a step among the forwards and backwards of the engine below."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_losses(self, step: StepContext) -> None:
+        self.events.append("losses")
+
+    def before_last_backward(self, step: StepContext) -> None:
+        assert step.coefficients_B is not None
+        self.events.append("sent")
+
+
+class NotedEngine(LocalEngine):
+    def __init__(self, diary: Diary, factor: float) -> None:
+        super().__init__(torch.nn.Linear(1, 1))
+        self._diary, self._factor = diary, factor
+
+    def forward(self, tokens_bT: torch.Tensor, labels_bT: torch.Tensor, documents_bT: torch.Tensor) -> Any:
+        self._diary.events.append("forward" if torch.is_grad_enabled() else "look")
+        losses_bT1: torch.Tensor = self.module(tokens_bT.unsqueeze(-1).float())
+        return losses_bT1.squeeze(-1) * self._factor
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self._diary.events.append("last" if last else "backward")
+        super().backward(loss, last=last)
+
+
+@pytest.mark.parametrize(
+    ("mode", "events"),
+    [
+        ("streaming", "forward backward forward losses sent last"),
+        ("deferred", "forward forward losses backward sent last"),
+        ("two_pass", "look look losses forward backward forward sent last"),
+    ],
+)
+def test_hooks_send_once_all_forwards_are_over(mode: AccumulationMode, events: str) -> None:
+    assert events_of_step(mode, factor=1.0) == events.split()
+
+
+@pytest.mark.parametrize("mode", ["streaming", "deferred", "two_pass"])
+def test_nothing_is_sent_in_a_step_whose_losses_are_not_finite(mode: AccumulationMode) -> None:
+    assert "sent" not in events_of_step(mode, factor=math.nan)
+
+
+def events_of_step(mode: AccumulationMode, *, factor: float) -> list[str]:
+    diary = Diary()
+    engine = NotedEngine(diary, factor)
+    engine.abandon = lambda loss: None  # type: ignore[attr-defined]
+    accumulator = Accumulator(
+        engine,  # type: ignore[arg-type]
+        HookList({"diary": diary}),
+        mode=mode, normalization="tokens", num_micro_batches=2, samples_per_row=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    tokens_bT, ids_b = torch.arange(6).view(2, 3), torch.arange(2)
+    rows = [MicroBatch(ids_b + 2 * m, ids_b * 0, tokens_bT, tokens_bT, tokens_bT * 0, ids_b) for m in range(2)]
+    accumulator.run(rows, step=1, applied_steps=0, recorder=Records())
+    return diary.events
