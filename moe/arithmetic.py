@@ -104,17 +104,22 @@ def activation_bytes(
         kept, alive = len(blocks) * width, max(blocks)
     else:
         kept, alive = sum(blocks), 0
-    return element_bytes * tokens * (kept * kept_graphs + alive) + head_bytes(config, vocab_size, tokens=tokens)
+    head = head_bytes(config, vocab_size, tokens=tokens, element_bytes=element_bytes, kept_graphs=kept_graphs)
+    return element_bytes * tokens * (kept * kept_graphs + alive) + head
 
 
-def head_bytes(config: ModelConfig, vocab_size: int, *, tokens: int) -> float:
-    """Bytes of logits and what is made of them at their worst moment, for one micro-batch of `tokens`.
+def head_bytes(
+    config: ModelConfig, vocab_size: int, *, tokens: int, element_bytes: int = 4, kept_graphs: int = 1
+) -> float:
+    """Bytes of logits and what is made of them at their worst moment, for micro-batches of `tokens`.
 
-    The plain head keeps log-probabilities and has two gradients of that size beside them in the backward; in tiles
-    there is one float32 tile, and the narrower one that it came from.
+    A whole head keeps exponentials in float32 with each graph; in tiles there is one float32 tile at work. Beside what
+    is at work lies the same in the parameters' type, if that is a narrower one; a tile has a copy in any case.
     """
     tile = tile_size(config.loss_tile, tokens, vocab_size)
-    return (3 if tile == vocab_size else 2) * 4.0 * tokens * tile
+    if tile < vocab_size:
+        return 2 * 4.0 * tokens * tile
+    return tokens * vocab_size * (4.0 * kept_graphs + (element_bytes if element_bytes < 4 else 0))
 
 
 def _attention_elements(config: ModelConfig) -> int:

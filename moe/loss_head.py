@@ -1,11 +1,14 @@
-"""The output head: logits, or the cross-entropy of each token without ever holding the logits of the whole vocabulary.
+"""The output head: logits, or the cross-entropy of each token; of a large vocabulary without ever holding its logits.
 
 Decisions:
-- Tiles of the vocabulary, not chunks of tokens. A tile of the weight's gradient is then one product over all tokens,
-  written once: the sums run as in the plain head's gradient, and nothing of size [V, D] is read and added to again.
-- The forward keeps only each token's largest logit and the sum of exponentials below it; the backward makes each tile's
-  logits again. So any gradient of the token losses is exact, also one that is known long after the forward: the weights
-  of samples, documents or tokens. The price is a fourth product of [N, D] and [V, D] beside the plain head's three.
+- A small vocabulary's logits are worked on in place, from logits to exponentials to their own gradient: one tensor of
+  that size where autograd, left alone, has three at once.
+- Tiles of a large vocabulary, not chunks of tokens: a tile of the weight's gradient is then one product over all
+  tokens, written once. The sums run as in the plain head's gradient, and nothing of size [V, D] is added to again.
+- Of tiles the forward keeps only each token's largest logit and the sum of exponentials below it; the backward makes
+  each tile's logits again. The price is a fourth product of [N, D] and [V, D] beside the plain head's three.
+- Either way any gradient of the token losses is exact, also one that is known long after the forward: the weights of
+  samples, documents or tokens.
 - Types are those of the plain head: products in the parameters' type, softmax in float32, gradients of the parameters
   rounded once to their type. The gradient of the hidden states is added up over tiles in float32.
 - torch's own `linear_cross_entropy` (2.13) cuts tokens instead, and returns the losses of bf16 models in bf16, which is
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
 
@@ -62,9 +66,16 @@ class OutputHead(nn.Linear):
         tile = tile_size(self._loss_tile, len(labels_N), len(self.weight))
         if tile < len(self.weight):
             return tiled_cross_entropy(hidden_ND, self.weight, labels_N, tile).float().view_as(labels)
-        logits_NV = F.linear(hidden_ND, self.weight).float()
-        losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
-        return losses_N.view_as(labels)
+        return whole_cross_entropy(hidden_ND, self.weight, labels_N).float().view_as(labels)
+
+
+def whole_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy of each token, [N] in float32 (float64 for float64), 0 where the label is -100.
+
+    Differentiable once, and backward through once: the backward turns the logits into their gradient where they lie.
+    """
+    losses_N: Tensor = _WholeCrossEntropy.apply(hidden_ND, weight_VD, labels_N)
+    return losses_N
 
 
 def tiled_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, tile: int) -> Tensor:
@@ -74,6 +85,38 @@ def tiled_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, 
     """
     losses_N: Tensor = _TiledCrossEntropy.apply(hidden_ND, weight_VD, labels_N, tile)
     return losses_N
+
+
+class _WholeCrossEntropy(torch.autograd.Function):
+    """Holds one tensor of the logits' size, in float32, from forward to backward, and works on it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        logits_NV = (hidden_ND @ weight_VD.t()).to(wide)
+        target_N = logits_NV.gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+        largest_N = logits_NV.amax(dim=1)
+        sum_N = logits_NV.sub_(largest_N.unsqueeze(1)).exp_().sum(dim=1)
+        exponentials_NV = logits_NV
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, exponentials_NV, sum_N)
+        return (sum_N.log() - (target_N - largest_N)).masked_fill_(labels_N == IGNORED_LABEL, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # A second backward through the same logits is an error of autograd's: they are overwritten here.
+        hidden_ND, weight_VD, labels_N, exponentials_NV, sum_N = ctx.saved_tensors
+        gradient_N = gradients[0].to(sum_N.dtype).masked_fill(labels_N == IGNORED_LABEL, 0)
+        # dl/dlogit = softmax - one at the label.
+        d_logits_NV = exponentials_NV.mul_((gradient_N / sum_N).unsqueeze(1))
+        d_logits_NV.scatter_add_(1, labels_N.clamp(min=0).unsqueeze(1), -gradient_N.unsqueeze(1))
+        narrow_NV = d_logits_NV.to(weight_VD.dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        return (
+            narrow_NV @ weight_VD if needs_hidden else None,
+            narrow_NV.t() @ hidden_ND if needs_weight else None,
+            None,
+        )
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -94,6 +137,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (sum_N.log() - (target_N - largest_N)).masked_fill_(labels_N == IGNORED_LABEL, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, labels_N, largest_N, sum_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
