@@ -58,7 +58,7 @@ def test_slowness_is_no_failure(slow: Job, two_ranks: Reference) -> None:
 def test_training_goes_on_while_a_slow_disk_writes(slow: Job) -> None:
     found = re.search(r"checkpoint of step 8 saved in ([0-9.]+) s; it held training ([0-9.]+) s", slow.log)
     assert found, slow.log[-3000:]
-    assert float(found[1]) > 4
+    assert float(found[1]) >= 4
     assert float(found[2]) < 2
 
 
