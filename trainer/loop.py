@@ -198,11 +198,15 @@ class Trainer:
             signals = self._step(micro_batches)
             self.profiler.end_step(state.step)
             last = signals.stop or state.step == config.steps
-            if last or state.skipped_in_a_row or state.step % config.write_every == 0:
-                self.write(self.telemetry.flush())
+            rewinds = self._spikes.asks_to_rewind
+            evaluates = state.step == config.steps or _due(state.step, self.evaluation.every)
+            saves = last or _due(state.step, self.checkpoint.every)
+            # What follows may end the run, or writes what must come after this step's row.
+            wait = bool(saves or evaluates or rewinds or signals.save_failed or state.skipped_in_a_row)
+            if wait or state.step % config.write_every == 0:
+                self.write(self.telemetry.flush(wait=wait))
             if signals.save_failed:
                 self.store.finish()  # raises, on every rank, what went wrong on one
-            rewinds = self._spikes.asks_to_rewind
             if rewinds:
                 self._rewind()  # and saves
             if state.skipped_in_a_row >= config.max_skipped_in_a_row:
@@ -211,9 +215,9 @@ class Trainer:
                     f"step {state.step}: {state.skipped_in_a_row} steps in a row were skipped; the last checkpoint is "
                     "intact: lower the learning rate or look at the samples named in log.txt, then start again"
                 )
-            if state.step == config.steps or _due(state.step, self.evaluation.every):
+            if evaluates:
                 self._evaluate()
-            if (last or _due(state.step, self.checkpoint.every)) and not rewinds:
+            if saves and not rewinds:
                 self._save(wait=last)
             if signals.stop and state.step < config.steps:
                 return "preempted"

@@ -1,7 +1,7 @@
 """Metrics from the device to `metrics.jsonl`.
 
 Decisions:
-- Values stay on the device until `flush`, which copies all of them at once.
+- Values stay on the device until they are sent to the host, all of them in one copy, which on CUDA nobody waits for.
 - The file is the record of the run: one JSON object a line, floats written so that they read back bit for bit.
   JSON has no NaN or infinity: such values are written as null.
 - Two kinds of lines share the file, both with `step`: training steps (key `loss`) and evaluations (keys `eval/...`).
@@ -13,8 +13,9 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -59,12 +60,55 @@ class MetricBuffer:
         self._closed.append(row)
         self._open = {}
 
-    def flush(self) -> list[Row]:
-        """Finished rows as host numbers (arrays as nested lists), by one copy from the device, and forget them."""
+    def send(self) -> "Parcel":
+        """Start finished rows on their way to the host, in one copy, and forget them here."""
         rows, self._closed = self._closed, []
         tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
-        host: list[float] = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist() if tensors else []
-        values = iter(host)
+        if not tensors:
+            return Parcel(rows, torch.empty(0, dtype=torch.float64))
+        values = torch.cat([tensor.double().flatten() for tensor in tensors])
+        if not values.is_cuda:
+            return Parcel(rows, values)
+        # What the host has not pinned it must wait for.
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record()
+        return Parcel(rows, host, arrival)
+
+    def flush(self) -> list[Row]:
+        """Finished rows as host numbers, waited for."""
+        return self.send().open()
+
+
+class Arrival(Protocol):
+    """The moment a copy is complete: a CUDA event."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Rows whose numbers are on their way to the host."""
+
+    rows: Sequence[Mapping[str, MetricValue]]
+    host: Tensor
+    """Every tensor of the rows in turn, flat, float64."""
+    arrival: Arrival | None = None
+    """None if the numbers were on the host all the time."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `open` would not wait."""
+        return self.arrival is None or self.arrival.query()
+
+    def open(self) -> list[Row]:
+        """The rows with host numbers, arrays as nested lists; waits for them."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        values = iter(self.host.tolist())
 
         def on_host(value: MetricValue) -> Any:
             if not isinstance(value, Tensor):
@@ -75,7 +119,7 @@ class MetricBuffer:
                 found = [found[start : start + size] for start in range(0, len(found), size)]
             return found if value.ndim else found[0]
 
-        return [{name: on_host(value) for name, value in row.items()} for row in rows]
+        return [{name: on_host(value) for name, value in row.items()} for row in self.rows]
 
 
 class JsonlLog:

@@ -1,6 +1,6 @@
 """What a training step reports: loss, domains, speed, under the metric names everybody shares.
 
-Values stay on the device until `flush`: nothing here waits for an accelerator.
+Values stay on the device until `flush`, which need not wait for it: the host can prepare the next step meanwhile.
 
 Shape letters: B samples of the step, D domains.
 """
@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from trainer import phases, ranks
 from trainer.gpu_peaks import peak_flops
 from trainer.hooks import StepContext, StepResult
-from trainer.metrics import MetricBuffer
+from trainer.metrics import MetricBuffer, Parcel
 from trainer.phases import OTHER, Marks, PhaseClock
 from trainer.train_state import TrainState
 
@@ -45,6 +46,7 @@ class StepTelemetry:
         self._device = device
         self.clock = PhaseClock(device)
         self._marks: list[Marks] = []
+        self._sent: deque[tuple[Parcel, list[Marks]]] = deque()
         self._tokens = torch.tensor(float(state.tokens), dtype=torch.float64, device=device)
         self._loss_ema = self._average_in(state)
         self._began = 0.0
@@ -91,12 +93,19 @@ class StepTelemetry:
         self._record_speed(num_tokens)
         self.buffer.close_step()
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Rows of all steps since the last flush, as host numbers."""
-        rows, marks = self.buffer.flush(), self._marks
+    def flush(self, *, wait: bool) -> list[dict[str, Any]]:
+        """Rows of the steps since the last flush, as host numbers, in order.
+
+        Without `wait` only those that are on the host already: on CUDA the last ones come with a later flush.
+        """
+        self._sent.append((self.buffer.send(), self._marks))
         self._marks = []
-        # The flush has waited for the device, so all of its events have happened.
-        return [row | phases.metrics(of_step) for row, of_step in zip(rows, marks, strict=True)]
+        rows = []
+        while self._sent and (wait or self._sent[0][0].is_here):
+            parcel, marks = self._sent.popleft()
+            # The device has passed the copy, so all events of its steps have happened.
+            rows += [row | phases.metrics(of_step) for row, of_step in zip(parcel.open(), marks, strict=True)]
+        return rows
 
     def store_totals(self, state: TrainState) -> None:
         """Bring the running totals, which live on the device, into what a checkpoint saves."""

@@ -1,5 +1,6 @@
 """From device values to lines of a file, and what is shown of them."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -15,9 +16,11 @@ from rich.console import Console
 from launch import compare
 from launch._cli import run_command
 from trainer.errors import ConfigError, StorageError
-from trainer.metrics import JsonlLog, MetricBuffer, read_jsonl
+from trainer.metrics import JsonlLog, MetricBuffer, Parcel, read_jsonl
 from trainer.progress import ProgressDisplay, figures
 from trainer.run_summary import summarize, summary_table
+from trainer.telemetry import StepTelemetry
+from trainer.train_state import TrainState
 
 
 def test_values_come_out_as_they_went_in() -> None:
@@ -29,6 +32,50 @@ def test_values_come_out_as_they_went_in() -> None:
         buffer.close_step()
     assert buffer.flush() == [{"step": 1, "loss": 0.1, "dead": 1}, {"step": 2, "loss": 0.2, "dead": 2}]
     assert buffer.flush() == []
+
+
+class Copy:
+    """A copy from a device that takes its time."""
+
+    is_done = False
+
+    def query(self) -> bool:
+        return self.is_done
+
+    def synchronize(self) -> None:
+        self.is_done = True
+
+
+def test_rows_that_are_still_on_their_way_come_later_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainState()
+    telemetry = StepTelemetry(state, ("a",), flops_per_token=1.0, precision="fp32", device=torch.device("cpu"))
+    copies: list[Copy] = []
+    send = telemetry.buffer.send
+
+    def slow_send() -> Parcel:
+        copies.append(Copy())
+        return dataclasses.replace(send(), arrival=copies[-1])
+
+    monkeypatch.setattr(telemetry.buffer, "send", slow_send)
+
+    def step(number: int, *, wait: bool = False) -> list[int]:
+        telemetry.start_step()
+        telemetry.buffer.record("step", number)
+        telemetry.buffer.record("loss", torch.tensor(float(number)))
+        telemetry._record_speed(torch.tensor(8))
+        telemetry.buffer.close_step()
+        rows = telemetry.flush(wait=wait)
+        assert all(row["loss"] == row["step"] and "time/forward_s" in row for row in rows)
+        return [row["step"] for row in rows]
+
+    assert step(1) == []
+    assert step(2) == []
+    copies[1].is_done = True
+    assert step(3) == [], "the second is here, but the first is not"
+    copies[0].is_done = True
+    assert step(4) == [1, 2]
+    assert step(5, wait=True) == [3, 4, 5]
+    assert not telemetry._sent
 
 
 def test_vectors_are_lists(tmp_path: Path) -> None:
