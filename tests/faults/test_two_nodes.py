@@ -29,7 +29,7 @@ def nodes() -> Iterator[list[Node]]:
         pytest.skip(f"needs the right to make network namespaces (root): {error}")
 
 
-@pytest.mark.fault(31, "a node's agent killed and brought back")
+@pytest.mark.fault(33, "a node's agent killed and brought back")
 def test_a_node_that_comes_back_resumes_the_run(
     nodes: list[Node], two_ranks: Reference, record_property: Record
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_node_that_comes_back_resumes_the_run(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(31, "the node of the rendezvous killed")
+@pytest.mark.fault(33, "the node of the rendezvous killed")
 def test_without_the_first_node_the_others_end_with_5(
     nodes: list[Node], two_ranks: Reference, record_property: Record
 ) -> None:
@@ -80,7 +80,7 @@ def test_without_the_first_node_the_others_end_with_5(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(31, "one node asked to stop")
+@pytest.mark.fault(33, "one node asked to stop")
 def test_sigterm_to_one_node_saves_on_all(nodes: list[Node], two_ranks: Reference) -> None:
     first, second = nodes
     run_dir = two_ranks.config.parent / "one node stops"
@@ -94,7 +94,7 @@ def test_sigterm_to_one_node_saves_on_all(nodes: list[Node], two_ranks: Referenc
 
 
 @pytest.mark.slow
-@pytest.mark.fault(31, "a node that never comes back")
+@pytest.mark.fault(33, "a node that never comes back")
 def test_the_others_do_not_wait_forever(nodes: list[Node], two_ranks: Reference, record_property: Record) -> None:
     first, second = nodes
     run_dir = two_ranks.config.parent / "alone"
