@@ -1,7 +1,7 @@
-"""`loss_head`: the head's losses and gradients in tiles of the vocabulary against `F.cross_entropy`, at V = 128k.
+"""`loss_head`: the head's losses and gradients against `F.cross_entropy`: in tiles at V = 128k, whole at V = 4k.
 
-`python -m tests.bench.loss_head ours|plain` prints the MiB that one forward and backward adds to the memory in use,
-weight and its gradient apart.
+`python -m tests.bench.loss_head ours|plain VOCABULARY` prints the MiB that one forward and backward adds to the memory
+in use, weight and its gradient apart.
 """
 
 import subprocess
@@ -17,17 +17,18 @@ from tests.bench.report import Report
 from tests.bench.timing import interleaved
 
 VOCAB, WIDTH, WIDE, TOKENS, MEMORY_TOKENS = 131_072, 512, 2048, 512, 2048
+SMALL_VOCAB, SMALL_WIDTH, SMALL_TOKENS = 4096, 256, 1024
 
 
 class Head:
     """One head with its input, and gradients of the token losses as sample weights would make them."""
 
-    def __init__(self, name: str, width: int, tokens: int) -> None:
+    def __init__(self, name: str, width: int, tokens: int, vocab_size: int) -> None:
         torch.manual_seed(0)
         self.name = name
-        self.module = OutputHead(width, VOCAB, loss_tile=0)
+        self.module = OutputHead(width, vocab_size, loss_tile=0)
         self.hidden_ND = torch.randn(tokens, width, requires_grad=True)
-        self.labels_N = torch.randint(0, VOCAB, (tokens,))
+        self.labels_N = torch.randint(0, vocab_size, (tokens,))
         self.weights_N = torch.rand(tokens)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,31 +42,36 @@ class Head:
 
 def measure(report: Report, rounds: int = 3) -> None:
     """Ours over plain in memory and in time; losses and gradients are compared before anything is timed."""
+    _measure_memory(report, "memory_ratio", VOCAB)
+    _measure_memory(report, "whole_memory_ratio", SMALL_VOCAB)
+    _measure_time(report, "time_ratio", WIDTH, TOKENS, VOCAB, rounds)
+    _measure_time(report, "time_ratio_wide", WIDE, TOKENS // 2, VOCAB, rounds)
+    _measure_time(report, "whole_time_ratio", SMALL_WIDTH, SMALL_TOKENS, SMALL_VOCAB, 4 * rounds)
+
+
+def _measure_memory(report: Report, key: str, vocab_size: int) -> None:
     found = {}
     for name in ("plain", "ours"):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.loss_head", name], capture_output=True, text=True, check=True
-        )
-        found[name] = float(done.stdout)
+        command = [sys.executable, "-m", "tests.bench.loss_head", name, str(vocab_size)]
+        found[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    note = f"{found['ours']:.0f} MiB, plain {found['plain']:.0f} MiB, {MEMORY_TOKENS} tokens"
+    report.add(f"loss_head/{key}", found["ours"] / found["plain"], note=note)
+
+
+def _measure_time(report: Report, key: str, width: int, tokens: int, vocab_size: int, rounds: int) -> None:
+    heads = {name: Head(name, width, tokens, vocab_size) for name in ("plain", "ours")}
+    for ours, plain in zip(heads["ours"].run(), heads["plain"].run(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    times = interleaved({name: head.run for name, head in heads.items()}, rounds=rounds, warm_up=0)
     report.add(
-        "loss_head/memory_ratio",
-        found["ours"] / found["plain"],
-        note=f"{found['ours']:.0f} MiB, plain {found['plain']:.0f} MiB, {MEMORY_TOKENS} tokens",
+        f"loss_head/{key}",
+        times["ours"].median / times["plain"].median,
+        times["ours"].minimum / times["plain"].minimum,
+        note=f"V {vocab_size}, width {width}, {tokens} tokens",
     )
-    for key, width, tokens in (("time_ratio", WIDTH, TOKENS), ("time_ratio_wide", WIDE, TOKENS // 2)):
-        heads = {name: Head(name, width, tokens) for name in ("plain", "ours")}
-        for ours, plain in zip(heads["ours"].run(), heads["plain"].run(), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-        times = interleaved({name: head.run for name, head in heads.items()}, rounds=rounds, warm_up=0)
-        report.add(
-            f"loss_head/{key}",
-            times["ours"].median / times["plain"].median,
-            times["ours"].minimum / times["plain"].minimum,
-            note=f"V {VOCAB}, width {width}, {tokens} tokens",
-        )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    small, large = Head(sys.argv[1], 64, 2), Head(sys.argv[1], 64, MEMORY_TOKENS)
+    small, large = (Head(sys.argv[1], 64, tokens, int(sys.argv[2])) for tokens in (2, MEMORY_TOKENS))
     sys.stdout.write(f"{memory_added(small.run, large.run)[0]:.1f}\n")
