@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
+from trainer.tensor_files import save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -108,10 +108,9 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._part(len(self._shards))
         try:
-            safetensors.torch.save_file(self._pending, path, {"format": "pt"})
+            save_tensors(self._pending, path, {"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{path}: cannot be written ({error}); free space and start again") from error
-        path.chmod(self._folder.stat().st_mode & 0o666)  # the library keeps files to their owner
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

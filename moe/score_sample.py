@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from moe.sequence_parallel import Shards
 from trainer import ranks
 from trainer.errors import ConfigError, StorageError
+from trainer.tensor_files import save_tensors
 
 IGNORED_LABEL = -100
 FORMAT = "evenkeel-router-scores-1"
@@ -136,7 +136,7 @@ def save_scores(path: Path, scores: RecordedScores) -> None:
     metadata = {"format": FORMAT, "top_k": str(scores.top_k), "source": scores.source}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        save_tensors(tensors, path, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise StorageError(f"{path}: cannot be written ({error})") from error
 

@@ -15,11 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.errors import CheckpointError
+from trainer.tensor_files import save_tensors
 
 INDEX = "optimizer.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -68,7 +68,7 @@ def write_fragments(folder: Path, rank: int, fragments: Iterable[Fragment]) -> d
     for fragment in fragments:
         spans.setdefault(fragment.name, []).append((fragment.start, fragment.stop, file))
         tensors |= {_key(kind, fragment): getattr(fragment, kind) for kind in KINDS}
-    safetensors.torch.save_file(tensors, folder / file)
+    save_tensors(tensors, folder / file)
     return spans
 
 

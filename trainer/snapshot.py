@@ -28,6 +28,7 @@ from trainer.engine import Engine
 from trainer.hooks import HookList, State
 from trainer.model_weights import whole_weights
 from trainer.optimizer_state import Fragment, Spans, fragments_file, write_fragments
+from trainer.tensor_files import save_tensors
 from trainer.train_state import TrainState
 
 log = logging.getLogger("evenkeel")
@@ -95,10 +96,10 @@ class Snapshot:
         try:
             spans = write_fragments(folder, self.rank, self.fragments)
             rng = folder / rng_file(self.rank)
-            safetensors.torch.save_file(self.rng, rng)
+            save_tensors(self.rng, rng)
             written = [folder / fragments_file(self.rank), rng]
             if self.rank == 0:
-                safetensors.torch.save_file(self.weights, folder / WEIGHTS)
+                save_tensors(self.weights, folder / WEIGHTS)
                 written += [folder / WEIGHTS, *self._write_states(folder)]
             return Share(files={path.name: fsync_and_hash(path) for path in written}, spans=spans)
         except (OSError, SafetensorError) as error:
@@ -111,7 +112,7 @@ class Snapshot:
             plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
             numbers[name] = {"version": version, "values": plain}
             tensors |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        safetensors.torch.save_file(tensors, folder / _HOOKS)
+        save_tensors(tensors, folder / _HOOKS)
         (folder / STATES).write_text(json.dumps({"trainer": asdict(self.state), "hooks": numbers}, indent=1))
         return [folder / _HOOKS, folder / STATES]
 

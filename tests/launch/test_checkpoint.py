@@ -34,6 +34,11 @@ def test_ls_and_verify(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["verify", str(run_dir), "--step", "12"]) == 0
 
 
+def test_tensors_are_as_readable_as_the_files_beside_them(run_dir: Path) -> None:
+    (folder,) = (run_dir / "checkpoints").glob("step-*12")
+    assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
