@@ -34,6 +34,7 @@ AT_MOST = {
     "engine/zero_2": 1.15,
     "engine/zero_3": 1.50,
     "memory/ours_over_transformers": 0.70,
+    "train_step/memory_ratio": 1.0,
     "loss_head/memory_ratio": 0.125,
     "loss_head/time_ratio": 1.1,
     "loss_head/time_ratio_wide": 1.1,
