@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_breakdown_adds_up_and_keeps_its_order(tmp_path: Path) -> None:
     phases, parts = boxes(found)
     for level in (phases, parts):
         assert sum(box.length for box in level) == pytest.approx(560)
-        assert all(a.start + a.length == pytest.approx(b.start) for a, b in zip(level, level[1:], strict=False))
+        assert all(a.start + a.length == pytest.approx(b.start) for a, b in pairwise(level))
     assert [box.name for box in parts[:4]] == ["data", "head", "attention", "losses"]
 
 
