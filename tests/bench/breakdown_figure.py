@@ -24,7 +24,7 @@ OTHER, PALE = "#c3c7cb", "#e4e6e8"
 """Of parts without a colour of their own, and of phases."""
 PHASES = ("data", "forward", "losses", "hooks", "backward", "optimizer", "other", "between steps")
 WIDTH, LEFT, RIGHT, TOP, ROW, BOTTOM = 1040, 20, 20, 88, 150, 105
-LETTER = 7.2  # pixels of a letter of a label
+LETTER = 6.9  # pixels of a letter of a label
 
 
 class Box(NamedTuple):
@@ -43,7 +43,7 @@ def take_profiles(labelled: Sequence[str], path: Path) -> None:
         found = json.loads(Path(file).read_text()) if file else {}
         if not isinstance(found.get("seconds"), dict) or "forward" not in found["seconds"]:
             raise ValueError(f"--breakdown {one}: wants LABEL=FILE, the profile.json of a launch.profile")
-        kept = {key: found[key] for key in ("title", "torch", "steps", "tokens_per_s", "seconds")}
+        kept = {key: found[key] for key in ("title", "torch", "steps", "seconds")}
         kept["seconds"] = {name: float(f"{value:.4g}") for name, value in found["seconds"].items()}
         profiles.append({"label": label} | kept)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def breakdown_figure(found: Mapping[str, Any]) -> "Figure":
             )  # fmt: skip
             for box in inside:
                 _label(figure, box, level, longest, light=inside is parts and box.name in COLORS)
-        head = f"<b>{profile['label']}</b>: {total_ms(profile):.0f} ms, {profile['tokens_per_s']:,.0f} tokens/s"
+        head = f"<b>{profile['label']}</b>: {total_ms(profile):.0f} ms a step"
         figure.add_annotation(x=0, y=top + 0.36, text=head, xanchor="left", yanchor="middle", showarrow=False,
                               font={"size": 14, "color": INK})  # fmt: skip
     figure.update_xaxes(range=[0, longest * 1.002], ticksuffix=" ms", showgrid=False, linecolor=LINE, ticks="outside",
@@ -126,7 +126,7 @@ def breakdown_figure(found: Mapping[str, Any]) -> "Figure":
 
 def _label(figure: "Figure", box: Box, level: float, longest: float, *, light: bool) -> None:
     """Name and milliseconds where they fit, else the name, else nothing."""
-    room = box.length / longest * (WIDTH - LEFT - RIGHT) - 6
+    room = box.length / longest * (WIDTH - LEFT - RIGHT) - 4
     full = f"{box.name} {box.length:.0f}"
     stacked = f"{box.name}<br>{box.length:.0f}"
     wide = LETTER * len(box.name)
@@ -156,4 +156,4 @@ def _finding(profiles: Sequence[Profile]) -> str:
         return text
     before, after = ({name: ms / total_ms(p) for name, ms in part_ms(p).items()} for p in (profiles[0], last))
     moved = max(after, key=lambda name: abs(after[name] - before.get(name, 0.0)))
-    return f"{text}; {last['label']}: {moved} {before.get(moved, 0.0):.0%} \u2192 {after[moved]:.0%}"
+    return f"{text}; {moved} {after[moved]:.0%}, before {before.get(moved, 0.0):.0%}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.growth_fit import Curve
+from tests.bench.growth_fit import MARGIN, Curve
 from tests.bench.palette import BAD, GRID, INK, LINE, MUTED, SERIES, layout
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def growth_figure(facts: Mapping[str, Any], curves: Mapping[str, Curve]) -> "Fig
 def _finding(curves: Mapping[str, Curve]) -> str:
     steep = [name for name, curve in curves.items() if curve.is_steep]
     if not steep:
-        return f"A step costs no more than theory says along all {len(curves)} axes"
+        return f"A step grows no faster than theory along all {len(curves)} axes, to {MARGIN} in the exponent"
     return f"A step grows faster than theory along {len(steep)} of {len(curves)} axes: {', '.join(steep)}"
 
 

@@ -44,15 +44,15 @@ def test_a_breakdown_adds_up_and_keeps_its_order(tmp_path: Path) -> None:
 def test_titles_say_what_was_found() -> None:
     flat, steep = Curve((1, 2, 4), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), Curve((1, 2, 4), (1.0, 2.0, 4.0), (1.0, 1.0, 1.0))
     facts = {"hardware": "a", "versions": {"torch": "2"}}
-    assert "no more than theory" in growth_figure(facts, {"layers": flat}).layout.title.text
+    assert "no faster than theory along all 1" in growth_figure(facts, {"layers": flat}).layout.title.text
     assert "1 of 2 axes: ranks" in growth_figure(facts, {"layers": flat, "ranks": steep}).layout.title.text
     states = [
-        {"label": label, "title": "a step", "torch": "2", "steps": 1, "tokens_per_s": 1.0, "seconds": SECONDS | changed}
+        {"label": label, "title": "a step", "torch": "2", "steps": 1, "seconds": SECONDS | changed}
         for label, changed in (("before", {"backward": 0.4, "backward/attention": 0.3}), ("after", {}))
     ]
     title = breakdown_figure({"hardware": "a", "profiles": states}).layout.title.text
     assert "Attention and head take 71% of a step" in title
-    assert "after: attention 53% → 45%" in title
+    assert "attention 45%, before 53%" in title
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
