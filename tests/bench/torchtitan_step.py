@@ -2,8 +2,8 @@
 
 GLM-4-MoE out of torchtitan 0.3.0's parts: Qwen3's blocks take sigmoid routers, shared experts and a dense first layer
 as well. Its Trainer takes CUDA for granted (`torch.cuda.set_device`, the name and memory of the device), so the step
-here is what `Trainer.train_step` does between its log lines. Other changes: attention by its own
-ScaledDotProductAttention, for flex attention has no backward on a CPU and variable lengths want CUDA; and no meshes.
+here is what `Trainer.train_step` does between its log lines, without meshes. Attention is by its own
+ScaledDotProductAttention: compiled flex attention has no backward on CPUs, and variable lengths want CUDA.
 
 Its experts compute in bf16 whatever they are given. `fp32` is the same products in float32, at the seam it has for
 other precisions: the better setting on processors where bf16 is slow, and the one whose gradients can be compared.

@@ -50,8 +50,8 @@ SHAPE = ModelConfig(
 TINY = replace(SHAPE, hidden_size=64, dense_intermediate_size=64, expert_intermediate_size=16, head_dim=8)
 PEERS = {"transformers": "ours", "torchtitan_fp32": "ours_zero_0", "torchtitan_bf16": "ours_zero_0"}
 """What each is compared with."""
-TOLERANCE = {"transformers": 1e-4, "torchtitan_fp32": 1e-4, "torchtitan_bf16": 5e-2}
-"""Of the loss, and of the gradient of all parameters together, relative."""
+TOLERANCE = {"transformers": 1e-4, "torchtitan_fp32": 1e-4, "torchtitan_bf16": 0.1}
+"""Of the loss, and of the gradient of each parameter, relative."""
 NOT_ON_A_CPU = "its GPTModel asks for CUDA in router, rotary table and mask"
 
 Step = Callable[[], float]
@@ -136,18 +136,16 @@ def check(name: str, ours: MoEDecoder, theirs: nn.Module) -> None:
         else:
             there = theirs.state_dict()
             pairs = [(mine, there[key]) for key, mine in torchtitan_step.their_layout(ours).items()]
-        difference = _relative(pairs)
+        difference = max(_relative(mine, other) for mine, other in pairs if mine.any())
     ours.take_loads("train")
-    loss = _relative([(found, expected)])
+    loss = _relative(found, expected)
     if not max(loss, difference) < TOLERANCE[name]:
-        raise AssertionError(f"loss differs by {loss:.1e}, gradient by {difference:.1e}")
+        raise AssertionError(f"loss differs by {loss:.1e}, a gradient by {difference:.1e}")
 
 
-def _relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Norm of all differences over the norm of the first of each pair."""
-    apart = sum(float((one.detach() - other.detach()).square().sum()) for one, other in pairs)
-    whole = sum(float(one.detach().square().sum()) for one, _ in pairs)
-    return float((apart / whole) ** 0.5)
+def _relative(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference over that of the first."""
+    return float(torch.dist(one.detach(), other.detach()) / one.detach().norm())
 
 
 @contextlib.contextmanager
