@@ -57,7 +57,7 @@ NOT_ON_A_CPU = "its GPTModel asks for CUDA in router, rotary table and mask"
 Step = Callable[[], float]
 
 
-def measure(report: Report, rounds: int = 4) -> None:
+def measure(report: Report, rounds: int = 3) -> None:
     """Ratios of tokens a second and of memory, peers over ours."""
     report.not_run("train_step/peer/megatron", NOT_ON_A_CPU)
     torch.manual_seed(0)
