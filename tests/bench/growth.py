@@ -5,22 +5,20 @@ uses, sequence length (tokens alike, and one row), layers, vocabulary, micro-bat
 (whole steps of the training loop with work in proportion: CPU seconds of the busiest rank). Times are the least CPU
 time of a few rounds, points in turn. A line is fitted through the logarithms: its slope is the exponent. Beside it is
 the exponent that the same fit gives for what theory says of the same points: FLOPs over this machine's rate of products
-plus bytes of parameters over its rate of copies, both measured first. An exponent more than 0.15 above theory is
-marked. Writes runs/growth/growth.json and growth.png.
+plus bytes of parameters over its rate of copies, both measured first. A curve whose exponent is more than 0.15 above
+theory, over all points or over the last three, is marked as a defect. tests.bench.figures draws what this writes.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,13 +26,14 @@ from rich.table import Table
 from moe.arithmetic import count_parameters, flops_per_token
 from moe.config import ModelConfig
 from moe.model import MoEDecoder
+from tests.bench.growth_fit import Curve, write_curves
+from tests.bench.report import hardware, versions
 from tests.bench.reweighting import small_corpus, stepper, timed_config
 from tests.bench.timing import interleaved, keep_freed_memory
 from tests.harness import run
 from trainer import ranks
 from trainer.process_group import start_process_group, stop_process_group
 
-TOLERANCE = 0.15
 ROUNDS = 3
 BASE = ModelConfig(
     hidden_size=256, num_layers=2, num_dense_layers=0, num_heads=4, num_kv_heads=2, num_experts=16, top_k=2,
@@ -108,23 +107,15 @@ def theory(point: Point, rates: Machine) -> float:
     return flops / rates.flops + moved / rates.bytes
 
 
-def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Slope of the line through the logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-
-
-def measure(name: str, rates: Machine) -> dict[str, list[float]]:
-    """Sizes, seconds and theory of one curve."""
+def measure(name: str, rates: Machine) -> Curve:
+    """One curve that a process can measure by itself."""
     points = CURVES[name]
     times = interleaved({str(size): step_of(point) for size, point in points.items()}, rounds=ROUNDS)
-    return {
-        "size": list(points),
-        "seconds": [times[str(size)].minimum for size in points],
-        "theory": [theory(point, rates) for point in points.values()],
-    }
+    seconds = [times[str(size)].minimum for size in points]
+    return Curve(list(points), seconds, [theory(point, rates) for point in points.values()])
 
 
-def measure_ranks() -> dict[str, list[float]]:
+def measure_ranks() -> Curve:
     """CPU seconds of a step on the busiest rank; the work of a rank is the same for all numbers of them."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +126,7 @@ def measure_ranks() -> dict[str, list[float]]:
                 raise RuntimeError(done.stderr[-2000:])
             said = [line.removeprefix(SPENT) for line in done.stdout.splitlines() if line.startswith(SPENT)]
             seconds.append(max(map(float, said)))
-    return {"size": list(RANKS), "seconds": seconds, "theory": [seconds[0]] * len(RANKS)}
+    return Curve(list(RANKS), seconds, [seconds[0]] * len(RANKS))
 
 
 def one_rank(config: Path) -> None:
@@ -153,27 +144,20 @@ def one_rank(config: Path) -> None:
     stop_process_group()
 
 
-def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """All curves in one figure, measured and by theory, each relative to its first point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, 3, figsize=(11, 9), squeeze=False)
-    for axis, (name, curve) in zip(axes.flat, found.items(), strict=False):
-        for kind, style in (("seconds", "o-"), ("theory", "--")):
-            axis.loglog(curve["size"], np.array(curve[kind]) / curve[kind][0], style, label=kind)
-        axis.set_title(name)
-        axis.set_ylim(bottom=0.5)
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def table(curves: Mapping[str, Curve]) -> Table:
+    """Exponents beside those of theory; curves that rise faster are marked."""
+    shown = Table("axis", "from", "to", "exponent", "theory", "last points", "theory", "", box=None)
+    for name, curve in curves.items():
+        exponents = (f"{value:.2f}" for value in (*curve.exponents, *curve.last_exponents))
+        mark = "DEFECT: above theory" if curve.is_steep else ""
+        shown.add_row(name, str(curve.size[0]), str(curve.size[-1]), *exponents, mark)
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", nargs="*", metavar="CURVE", help=f"some of: {', '.join([*CURVES, 'ranks'])}")
+    parser.add_argument("--out", type=Path, default=Path("runs/growth.json"), help="default: %(default)s")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,21 +168,14 @@ def main() -> None:
     if unknown:
         parser.error(f"no curve '{unknown[0]}'; there are {', '.join([*CURVES, 'ranks'])}")
     keep_freed_memory()
-    rates = machine()
-    found = {}
+    rates, found = machine(), dict[str, Curve]()
     for name in arguments.curves or [*CURVES, "ranks"]:
+        begin = time.monotonic()
         found[name] = measure_ranks() if name == "ranks" else measure(name, rates)
-        sys.stderr.write(f"{name} done\n")
-    table = Table("axis", "from", "to", "exponent", "theory", "", box=None)
-    for name, curve in found.items():
-        measured, expected = exponent(curve["size"], curve["seconds"]), exponent(curve["size"], curve["theory"])
-        mark = "ABOVE THEORY" if measured > expected + TOLERANCE else ""
-        table.add_row(name, *(f"{curve['size'][i]:.0f}" for i in (0, -1)), f"{measured:.2f}", f"{expected:.2f}", mark)
-    out = Path("runs/growth")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "growth.json").write_text(json.dumps({"machine": rates._asdict(), "curves": found}, indent=1) + "\n")
-    draw(found, out / "growth.png")
-    Console().print(table)
+        sys.stderr.write(f"{name} done in {time.monotonic() - begin:.0f} s\n")
+    Console().print(table(found))
+    facts = {"hardware": hardware(), "versions": versions(), "rounds": ROUNDS, "rates": rates._asdict()}
+    write_curves(arguments.out, facts, found)
 
 
 if __name__ == "__main__":

@@ -240,10 +240,15 @@ def deepspeed(config: ModelConfig, weights: Weights) -> Peer:
     return Peer("deepspeed_moe", _load(module, values), gradients)
 
 
+def see_bench_packages() -> None:
+    """Let what `make bench-peers` installed be imported, behind our own packages, which stay the versions they are."""
+    for folder in Path(".venv-bench").glob("lib/python*/site-packages"):
+        site.addsitedir(str(folder))
+
+
 def torchtitan(config: ModelConfig, weights: Weights) -> Peer:
     """torchtitan's MoE, which computes its experts in bf16 whatever it is given. From `make bench-peers`."""
-    for folder in Path(".venv-bench").glob("lib/python*/site-packages"):
-        site.addsitedir(str(folder))  # behind our own packages, which stay the versions they are
+    see_bench_packages()
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
     from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher

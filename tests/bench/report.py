@@ -1,6 +1,7 @@
 """The table that `make bench` prints, its targets, and runs/bench.json."""
 
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ AT_MOST = {
     "engine/zero_2": 1.15,
     "engine/zero_3": 1.50,
     "memory/ours_over_transformers": 0.70,
+    "train_step/memory_ratio": 1.0,
     "loss_head/memory_ratio": 0.125,
     "loss_head/time_ratio": 1.1,
     "loss_head/time_ratio_wide": 1.1,
@@ -73,10 +75,10 @@ class Report:
     def print(self, console: Console) -> None:
         """Every figure beside its target; misses are marked."""
         loop = "compiled" if native.available() else "plain torch"
-        versions = ", ".join(f"{name} {found}" for name in VERSIONED if (found := _version(name)))
+        found = ", ".join(f"{name} {version}" for name, version in versions().items())
         table = Table(
             title="ratios on this machine; CPU time on one thread, data: wall clock",
-            caption=f"{versions}\nCPU experts: {loop}",
+            caption=f"{found}\nCPU experts: {loop}",
         )
         table.add_column("key", no_wrap=True)
         for name in ("median", "minimum", "target"):
@@ -98,6 +100,19 @@ def _target(key: str, value: float) -> tuple[str, bool]:
     if key in AT_MOST:
         return f"<= {AT_MOST[key]:g}", value > AT_MOST[key]
     return "", False
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a bench, of what is installed."""
+    return {name: found for name in VERSIONED if (found := _version(name))}
+
+
+def hardware() -> str:
+    """The processor by its maker's name, its instructions as torch uses them, and how many cores there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def _version(name: str) -> str | None:

@@ -4,8 +4,6 @@ Skipped, with the reason, where playwright or a Chromium is missing: `apt-get in
 EVENKEEL_CHROMIUM.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,13 @@ import pytest
 
 from launch import report
 from launch._cli import run_command
+from tests.browser import ARGUMENTS, CHROMIUM, NAMES
 from tests.launch.run_folders import evaluation, training_rows, write_grid, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = os.environ.get("EVENKEEL_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(NAMES)} is on PATH")
 
-ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 ALL_DRAWN = "[...document.querySelectorAll('figure[data-figure]')].every(figure => figure.dataset.drawn)"
 
 
