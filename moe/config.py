@@ -111,8 +111,9 @@ class ModelConfig:
     """Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 layers)."""
     dropout: float = 0.0
     """Dropout on the output of attention and feed-forward."""
-    activation_recompute: Literal["none", "block"] = "none"
-    """Recompute each block's activations in the backward instead of keeping them."""
+    activation_recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward makes again instead of keeping it, bit for bit: nothing; norms, activations and copies of
+    tokens (`selective`: no product is run twice); or whole blocks."""
 
     @property
     def head_size(self) -> int:

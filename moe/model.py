@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from moe.blocks import Block, LayerReport, MoELayer, NextTokenBlock, Samples
 from moe.config import ModelConfig
 from moe.documents import Layout, document_layout
-from moe.layers import RMSNorm, rotary_table
+from moe.experts import Experts
+from moe.layers import FeedForward, RMSNorm, rotary_table
 from moe.loss_head import IGNORED_LABEL, OutputHead
 from moe.router import THRESHOLD_BINS, RoutingStats
 from moe.sequence_parallel import Shards
@@ -64,6 +65,10 @@ class MoEDecoder(nn.Module):
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
         self._samples_per_row = 0
         self.shards = Shards()
+        if config.activation_recompute == "selective":
+            for module in self.modules():
+                if isinstance(module, (RMSNorm, FeedForward, Experts)):
+                    module.remakes = True
         self._initialize(expert_parallel_size, expert_parallel_rank)
 
     penalty_name = "moe/aux_loss"
