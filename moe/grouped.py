@@ -7,6 +7,8 @@ Shape letters: N tokens, R rows (a token's copies for its experts), D model widt
 a token uses.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def experts_forward(
     token_of_row_R = order // indices_NK.shape[1]
     outputs = grouped_swiglu(x_ND, counts_E, gate_up_EDF2, down_EFD, token_of_row_R=token_of_row_R, remakes=remakes)
     # Back to token order by a permutation rather than an atomic add: the sum over K has a fixed order.
-    by_token_NKD = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices_NK.shape)
+    by_token_NKD = unsorted_rows(outputs, order).unflatten(0, indices_NK.shape)
     return (by_token_NKD * gates_NK.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
 
 
@@ -46,6 +48,26 @@ def sorted_rows(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     # Not bincount, which waits for the device to learn its length.
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
     return chosen.argsort(stable=True), counts_E.index_add_(0, chosen, torch.ones_like(chosen))
+
+
+def unsorted_rows(rows_R: Tensor, order_R: Tensor) -> Tensor:
+    """The rows that `rows[order]` took, back where they were."""
+    unsorted: Tensor = _UnsortedRows.apply(rows_R, order_R)
+    return unsorted
+
+
+class _UnsortedRows(torch.autograd.Function):
+    """torch's own index_copy keeps all the rows for its backward, which needs no more than their order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_R: Tensor, order_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R)
+        return torch.empty_like(rows_R).index_copy_(0, order_R, rows_R)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (order_R,) = ctx.saved_tensors
+        return gradients[0][order_R], None
 
 
 def grouped_swiglu(

@@ -32,7 +32,7 @@ from moe.documents import Layout, document_layout
 from moe.experts import Experts
 from moe.layers import FeedForward, RMSNorm, rotary_table
 from moe.loss_head import IGNORED_LABEL, OutputHead
-from moe.router import THRESHOLD_BINS, RoutingStats
+from moe.router import THRESHOLD_BINS, Router, RoutingStats
 from moe.sequence_parallel import Shards
 from trainer.phases import cut
 
@@ -67,7 +67,7 @@ class MoEDecoder(nn.Module):
         self.shards = Shards()
         if config.activation_recompute == "selective":
             for module in self.modules():
-                if isinstance(module, (RMSNorm, FeedForward, Experts)):
+                if isinstance(module, (RMSNorm, FeedForward, Router, Experts)):
                     module.remakes = True
         self._initialize(expert_parallel_size, expert_parallel_rank)
 
