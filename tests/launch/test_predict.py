@@ -92,8 +92,9 @@ layouts = st.builds(
         max_violation=imbalance, software=software, one_copy_a_node=once,
     ),
     st.sampled_from([1, 2, 16, 512]), st.integers(0, 3), st.sampled_from([1, 2, 8]), st.integers(1, 16),
-    st.integers(1, 8), st.sampled_from(["none", "act", "selective", "moe", "block"]), st.sampled_from([512, 4096, 16384]),
-    st.floats(0, 3), st.sampled_from(["fused", "compiled", "eager"]), st.booleans(),
+    st.integers(1, 8), st.sampled_from(["none", "act", "selective", "moe", "block"]),
+    st.sampled_from([512, 4096, 16384]), st.floats(0, 3), st.sampled_from(["fused", "compiled", "eager"]),
+    st.booleans(),
 )  # fmt: skip
 
 
