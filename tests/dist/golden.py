@@ -77,9 +77,9 @@ class Plain(NamedTuple):
     """Least distance between a token's last chosen biased score and the first one left out."""
 
 
-def plain() -> Plain:
+def plain(*overrides: str) -> Plain:
     """The reference, with everything off that can be."""
-    config = load_run_config(CONFIG)
+    config = load_run_config(CONFIG, overrides)
     margins: list[float] = []
     compiled, select = native.available, moe.router._top_experts
 
