@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.blocks import Block, LayerReport, MoELayer, NextTokenBlock, Samples
+from moe.compiled import compile_regions
 from moe.config import ModelConfig
 from moe.documents import Layout, document_layout
 from moe.experts import Experts
@@ -70,6 +71,8 @@ class MoEDecoder(nn.Module):
                 if isinstance(module, (RMSNorm, FeedForward, Router, Experts)):
                     module.remakes = True
         self._initialize(expert_parallel_size, expert_parallel_rank)
+        if config.compile:
+            compile_regions(self)
 
     penalty_name = "moe/aux_loss"
     """Metric under which the loop reports the auxiliary losses."""
