@@ -9,6 +9,7 @@ reference's tightest choice is far wider than rounding.
 """
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -59,6 +60,16 @@ TABLE: dict[str, Row] = {
     "2 ranks, all": Row([*TILES, *SELECTIVE, *AUTO, *ZERO[2]], ranks=2, compiled=True),
     "2 ranks, all, experts over 2": Row([*TILES, *BLOCK, *AUTO, *ZERO[2], *EXPERTS], ranks=2, compiled=True),
 }
+# Compiling takes half a minute.
+COMPILED: dict[str, Row] = {
+    "2 ranks, regions compiled": Row(["model.compile=true", *ZERO[0]], ranks=2),
+    "2 ranks, regions compiled, block": Row(
+        ["model.compile=true", *ZERO[0], *BLOCK], ranks=2, same_bits="2 ranks, regions compiled"
+    ),
+    "2 ranks, regions compiled, all": Row(
+        ["model.compile=true", *TILES, *BLOCK, *TWO_PASS, *ZERO[2], *EXPERTS], ranks=2, compiled=True
+    ),
+}
 # What a comparison of losses must be able to see: each is another training, by a little.
 OTHER = [
     "optimizer.beta2=0.949", "optimizer.weight_decay=0.11", "optimizer.clip_norm=0", "model.routed_scale=1.0001",
@@ -71,24 +82,39 @@ def reference() -> Plain:
     return plain()
 
 
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Of every row, by name."""
-    found, folder = {}, tmp_path_factory.mktemp("golden")
-    for ranks in (1, 2):
-        names = [name for name, row in TABLE.items() if row.ranks == ranks]
-        plan = json.dumps([(TABLE[name].overrides, TABLE[name].compiled) for name in names])
+def train(table: dict[str, Row], folder: Path) -> dict[str, list[float]]:
+    """Losses of every row, by name."""
+    found = {}
+    for ranks in sorted({row.ranks for row in table.values()}):
+        names = [name for name, row in table.items() if row.ranks == ranks]
+        plan = json.dumps([(table[name].overrides, table[name].compiled) for name in names])
         done = run("tests.dist.golden", plan, str(folder / f"{ranks}.json"), ranks=ranks)
         assert done.returncode == 0, done.stderr[-4000:]
         found |= dict(zip(names, json.loads((folder / f"{ranks}.json").read_text()), strict=True))
     return found
 
 
+def check(row: Row, found: list[float], losses: dict[str, list[float]], reference: Plain) -> None:
+    assert found == pytest.approx(reference.losses, rel=CLOSE)
+    if row.same_bits:
+        assert found == losses[row.same_bits]
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return train(TABLE, tmp_path_factory.mktemp("golden"))
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_an_optimisation_changes_no_loss(name: str, losses: dict[str, list[float]], reference: Plain) -> None:
-    assert losses[name] == pytest.approx(reference.losses, rel=CLOSE)
-    if TABLE[name].same_bits:
-        assert losses[name] == losses[TABLE[name].same_bits]
+    check(TABLE[name], losses[name], losses, reference)
+
+
+@pytest.mark.slow
+def test_compiled_regions_change_no_loss(tmp_path: Path, reference: Plain) -> None:
+    losses = train(COMPILED, tmp_path)
+    for name, row in COMPILED.items():
+        check(row, losses[name], losses, reference)
 
 
 def test_rounding_cannot_move_a_token(reference: Plain) -> None:
