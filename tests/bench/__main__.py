@@ -2,8 +2,8 @@
 
 One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, loss_head.py, hooks.py,
 collectives.py, memory.py, recompute.py. How things are timed is in timing.py, targets are in report.py, what was
-learned on the way in NOTES.md. Commands of their own, for they take minutes: tests.bench.data, .reweighting, .growth
-and the studies.
+learned on the way in NOTES.md. Commands of their own, for they take minutes: tests.bench.compiled, .data,
+.reweighting, .growth and the studies.
 """
 
 import logging

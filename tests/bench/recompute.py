@@ -1,19 +1,17 @@
 """`recompute`: time and memory of forward and backward under each policy of activation recomputation, over keeping all.
 
-`python -m tests.bench.recompute POLICY` prints the MiB that one forward and backward adds to the memory in use, weights
-and their gradients apart.
+Memory is what tensors hold at the worst moment, as torch's allocator counts it, weights and their gradients apart: what
+a process holds also depends on how its allocator cuts memory up.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from moe.config import ModelConfig
 from moe.model import MoEDecoder
-from tests.bench.memory import memory_added
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
 
@@ -41,6 +39,19 @@ def step_of(policy: str) -> Callable[[int], list[torch.Tensor]]:
     return step
 
 
+def peak_mib(step: Callable[[int], object]) -> float:
+    """MiB of tensors at the worst moment of a step, those that were there before it apart."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step(8)
+    assert trace.profiler is not None
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**20
+
+
 def measure(report: Report, rounds: int = 5) -> None:
     """Ratios of each policy to keeping all; bits are compared before anything is timed."""
     steps = {policy: step_of(policy) for policy in POLICIES}
@@ -48,12 +59,7 @@ def measure(report: Report, rounds: int = 5) -> None:
     for policy in POLICIES[1:]:
         assert all(torch.equal(a, b) for a, b in zip(steps[policy](2), kept, strict=True)), policy
     times = interleaved({policy: lambda step=step: step(8) for policy, step in steps.items()}, rounds=rounds)
-    memory = {}
-    for policy in POLICIES:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.recompute", policy], capture_output=True, text=True, check=True
-        )
-        memory[policy] = float(done.stdout)
+    memory = {policy: peak_mib(step) for policy, step in steps.items()}
     for policy in POLICIES[1:]:
         of, to = times[policy], times["none"]
         report.add(f"recompute/{policy}/time", of.median / to.median, of.minimum / to.minimum)
@@ -61,9 +67,3 @@ def measure(report: Report, rounds: int = 5) -> None:
             f"recompute/{policy}/memory", memory[policy] / memory["none"],
             note=f"{memory[policy]:.0f} MiB, all kept {memory['none']:.0f} MiB",
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    step = step_of(sys.argv[1])
-    sys.stdout.write(f"{memory_added(lambda: step(1), lambda: step(8))[0]:.1f}\n")
