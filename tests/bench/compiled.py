@@ -1,4 +1,4 @@
-"""What compiled regions do for a whole optimizer step: `python -m tests.bench.compiled`, a minute; `make bench` skips it.
+"""What compiled regions do for an optimizer step: `python -m tests.bench.compiled`, a minute; `make bench` skips it.
 
 The step of train_step.py (loop, engine, bias hook) on the same model, weights and batches, with `model.compile` and
 without, in turn. Losses of the first steps are compared before anything is timed.
