@@ -85,6 +85,8 @@ class RunConfig:
                 f"train.accumulation: {self.train.accumulation} keeps graphs, which DeepSpeed would spoil at "
                 "engine.zero_stage 3; use auto or two_pass"
             )
+        if self.model.compile:
+            found += self._compile_problems()
         if self.train.spikes.policy == "rewind":
             reach = (self.checkpoint.keep - 1) * self.checkpoint.every
             if reach < self.train.spikes.rewind_steps:
@@ -102,6 +104,19 @@ class RunConfig:
         ]
         found += [f"schedule.{line}" for line in self.schedule.step_problems(self.train.steps)]
         return found
+
+    def _compile_problems(self) -> list[str]:
+        """What compiled regions cannot go with."""
+        found = []
+        if self.engine.zero_stage == 3:
+            found.append("engine.zero_stage 3, which takes parameters out of the regions and puts them back")
+        if self.engine.sequence_parallel_size > 1:
+            found.append(
+                f"engine.sequence_parallel_size ({self.engine.sequence_parallel_size}), whose exchanges lie inside"
+            )
+        if self.profile.breakdown:
+            found.append("profile.breakdown, which would have to look inside")
+        return [f"model.compile: cannot be used with {line}; set it to false" for line in found]
 
     def _sequence_problems(self, world_size: int | None) -> list[str]:
         """Why rows cannot be spread over engine.sequence_parallel_size ranks; empty if they can, or are not."""

@@ -28,6 +28,8 @@ log = logging.getLogger("evenkeel")
 _NEW_BLOCK = "next_token."  # multi-token prediction may be added to weights that have none
 _CHANGES_NO_FUNCTION = (
     "model.activation_recompute",
+    "model.compile",
+    "model.loss_tile",
     "model.dropout",
     "model.init_std",
     "model.mtp_weight",

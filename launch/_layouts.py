@@ -104,7 +104,7 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
             engine = replace(config.engine, zero_stage=stage, expert_parallel_size=share)
             for micro_batch in micro_batches:
                 train = replace(config.train, micro_batch_size=micro_batch)
-                for recompute in ("none", "block"):
+                for recompute in ("none", "selective", "block"):
                     model = replace(config.model, activation_recompute=recompute)
                     candidate = replace(config, engine=engine, train=train, model=model)
                     if not candidate.problems(gpus):

@@ -66,7 +66,9 @@ class _Step:
         # Forwards of the body and of the experts for each backward; the head is made again only where it is tiled.
         body = 1 + layout.extra_forwards + (layout.recompute == "block")
         expert = body + (layout.recompute == "moe")
-        light = expert + 0.5 * (layout.recompute == "act")
+        # Norms, activations and copies are about half of what is moved outside products, and of the kernels.
+        light = expert + 0.5 * (layout.recompute in ("act", "selective"))
+        launched = body + 0.5 * (layout.recompute == "selective")
         blocks = len(self.model.block_experts)
         runs, mine = layout.micro_batches, math.ceil(blocks / layout.pipeline) / blocks
         hidden = constants.hidden_alltoall * layout.overlap
@@ -78,7 +80,7 @@ class _Step:
         traffic = runs * (mine * self._traffic(light) + share * head_traffic)
         alltoall = runs * mine * self._alltoall(expert) * self.busiest * (1 - hidden)
         tensor = runs * mine * self._tensor(body)
-        launches = runs * mine * blocks * (body + 2) * constants.layer_seconds * self.unfused
+        launches = runs * mine * blocks * (launched + 2) * constants.layer_seconds * self.unfused
         busy = products + experts + attention + traffic + alltoall + tensor + launches
         bubble = busy * (layout.pipeline - 1) / (layout.virtual * max(runs, 1))
         if layout.pipeline > 1:

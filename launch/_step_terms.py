@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-Recompute = Literal["none", "act", "moe", "block"]
+Recompute = Literal["none", "act", "selective", "moe", "block"]
+"""`act` and `moe` are Megatron's, in published figures: activation functions, and layers of experts."""
 Software = Literal["fused", "compiled", "eager"]
 
 

@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
     run_dir = arguments.source if arguments.source.is_dir() else None
     path = arguments.source / "config.yaml" if run_dir else arguments.source
     config = load_run_config(path, arguments.overrides, world_size=ranks.world_size())
+    if config.model.compile:
+        raise ConfigError("model.compile: its regions cannot be divided into parts; profile with model.compile=false")
     out = arguments.out or (run_dir or Path(config.folder)) / "profile"
     start_process_group(config.engine.collective_timeout_s)
     _open(out)

@@ -56,7 +56,7 @@ _IDENTITY = (
     "train.sequence_length",
     "engine.precision",
 )
-_FREE = ("model.activation_recompute", "model.dropout")
+_FREE = ("model.activation_recompute", "model.compile", "model.dropout", "model.loss_tile")
 
 
 def main(argv: list[str]) -> int:

@@ -91,21 +91,40 @@ def activation_bytes(
 ) -> float:
     """Estimate of what the backward keeps on one rank, in bytes, for micro-batches of `tokens`.
 
-    Counts the inputs of every product and activation function once; allocator overhead and temporaries are not in it.
-    With block recomputation only each block's input is kept, and one block is alive at a time. `kept_graphs`:
-    micro-batches whose graphs exist at once (`deferred` keeps all).
+    What autograd saves of every block under the policy `activation_recompute`, of tokens that all choose alike; masks
+    of dropout, allocator overhead and temporaries are not in it. With block recomputation only each block's input is
+    kept, and one block is alive at a time. `kept_graphs`: micro-batches whose graphs exist at once (`deferred` keeps
+    all).
     """
-    width, expert = config.hidden_size, config.expert_intermediate_size
-    attention = 3 * width + _attention_elements(config)
-    dense = attention + width + 3 * config.dense_intermediate_size
-    chosen = config.top_k * (2 * width + 3 * expert) + 3 * config.num_shared_experts * expert
-    blocks = [attention + width + chosen + 3 * experts if experts else dense for experts in config.block_experts]
+    blocks = [_kept_elements(config, experts, element_bytes) for experts in config.block_experts]
     if config.activation_recompute == "block":
-        kept, alive = len(blocks) * width, max(blocks)
+        kept, alive = float(len(blocks) * config.hidden_size), max(blocks)
     else:
-        kept, alive = sum(blocks), 0
+        kept, alive = sum(blocks), 0.0
+    kept += config.hidden_size * (_norm_elements(config, element_bytes) + 1)  # the last norm and the head's input
     head = head_bytes(config, vocab_size, tokens=tokens, element_bytes=element_bytes, kept_graphs=kept_graphs)
     return element_bytes * tokens * (kept * kept_graphs + alive) + head
+
+
+def _kept_elements(config: ModelConfig, experts: int, element_bytes: int) -> float:
+    """Elements that a block with so many experts, 0 for a dense one, keeps of each token."""
+    width, remakes = config.hidden_size, config.activation_recompute == "selective"
+    norm, wide = _norm_elements(config, element_bytes), 4 / element_bytes
+    activation = 2 if remakes else 4  # gate and up; silu(gate) and its product with up
+    kept = 2 * width * (norm + 1) + _attention_elements(config) + norm * _inner_norms(config)
+    if not experts:
+        return kept + activation * config.dense_intermediate_size
+    kept += wide * 3 * experts + activation * config.num_shared_experts * config.expert_intermediate_size
+    if element_bytes == 4:  # the loop on a CPU keeps the input of its activations alone
+        return kept + config.top_k * 2 * config.expert_intermediate_size
+    router = 0 if remakes else wide * width  # its input in float32
+    copies = 1 if remakes else 2  # the experts' outputs, for the gradient of gates; and their inputs
+    return kept + router + config.top_k * (copies * width + activation * config.expert_intermediate_size)
+
+
+def _norm_elements(config: ModelConfig, element_bytes: int) -> float:
+    """Elements that a norm keeps for each of its input, which is one of them in float32: there nothing is widened."""
+    return 1.0 if config.activation_recompute == "selective" else 1 + 4 / element_bytes
 
 
 def head_bytes(
@@ -123,10 +142,18 @@ def head_bytes(
 
 
 def _attention_elements(config: ModelConfig) -> int:
-    """Elements an attention keeps for each token between its norm and its output projection."""
+    """Elements an attention keeps for each token between its norm and its output projection, norms apart."""
     key, value = _head_sizes(config)
-    kv_heads = config.num_kv_heads
-    kept = config.num_heads * (key + value) + kv_heads * (key + value)
-    if config.attention == "mla":  # the latents before and after their norms
-        kept += 2 * (config.mla.q_lora_rank + config.mla.kv_lora_rank) + config.mla.qk_rope_head_dim
-    return kept
+    if config.attention == "mla":  # values are a part of what the latent expands to; normed latents beside it
+        shape = config.mla
+        expanded = config.num_heads * (shape.qk_nope_head_dim + value)
+        return config.num_heads * (2 * key + 2 * value) + expanded + shape.q_lora_rank + shape.kv_lora_rank
+    # What is mixed is kept twice, by head and by token.
+    return config.num_heads * (key + 2 * value) + config.num_kv_heads * (key + value)
+
+
+def _inner_norms(config: ModelConfig) -> int:
+    """Elements of each token that an attention's own norms normalise."""
+    if config.attention == "mla":
+        return config.mla.q_lora_rank + config.mla.kv_lora_rank
+    return config.head_size * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0

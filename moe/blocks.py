@@ -111,15 +111,19 @@ class Block(nn.Module):
         self, x_BTD: Tensor, layout: Layout, counted_BT: Tensor, samples: Samples | None = None
     ) -> tuple[Tensor, LayerReport | None]:
         """Hidden states [B, T, D] and the MoE layer's report, or None for a dense block."""
-        mixed_BTD = self.attention(self.attention_norm(x_BTD), layout)
-        x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
-        normed_BTD = self.mlp_norm(x_BTD)
+        x_BTD, normed_BTD = self.mix(x_BTD, layout)
         report = None
         if isinstance(self.mlp, MoELayer):
             out_BTD, report = self.mlp(normed_BTD, counted_BT, samples, layout.shards)
         else:
             out_BTD = self.mlp(normed_BTD)
         return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report
+
+    def mix(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and normalised for what follows, both [B, T, D]."""
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), layout)
+        x_BTD = x_BTD + F.dropout(mixed_BTD, self._dropout, self.training)
+        return x_BTD, self.mlp_norm(x_BTD)
 
 
 class NextTokenBlock(nn.Module):

@@ -111,8 +111,12 @@ class ModelConfig:
     """Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 layers)."""
     dropout: float = 0.0
     """Dropout on the output of attention and feed-forward."""
-    activation_recompute: Literal["none", "block"] = "none"
-    """Recompute each block's activations in the backward instead of keeping them."""
+    activation_recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward makes again instead of keeping it, bit for bit: nothing; norms, activations and copies of
+    tokens (`selective`: no product is run twice); or whole blocks."""
+    compile: bool = False
+    """Fuse norms, rotary positions, residual sums and SwiGLU by torch.compile (moe/compiled.py). The first steps of a
+    process compile, half a minute on a CPU; results differ by rounding, and dropout draws other masks."""
 
     @property
     def head_size(self) -> int:
@@ -173,6 +177,11 @@ class ModelConfig:
             found.append(f"mtp_weight: {self.mtp_weight} must be finite and not negative; 0 has no such block")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout: {self.dropout} must be in [0, 1)")
+        if self.compile and self.activation_recompute == "selective":
+            found.append(
+                "activation_recompute: selective remakes insides of what compile fuses, which keeps little of them "
+                "anyway; use none or block, or set compile to false"
+            )
         sparse = any(self.layer_experts) if self.layer_experts else self.num_dense_layers < self.num_layers
         return found + (self._expert_problems() if sparse or self.has_mtp else [])
 

@@ -80,7 +80,9 @@ def attend(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, mask: Atten
     """Causal attention through the mask, [B, A, T, v]; query heads share the fewer key-value heads."""
     grouped = query_BATd.shape[1] != key_BGTd.shape[1]
     if isinstance(mask, BlockMask):
-        attention = _compiled_flex_attention() if query_BATd.is_cuda else flex_attention
+        # Inside a region that is being compiled it becomes a part of that.
+        compiles = query_BATd.is_cuda and not torch.compiler.is_compiling()
+        attention = _compiled_flex_attention() if compiles else flex_attention
         mixed: Tensor = attention(query_BATd, key_BGTd, value_BGTv, block_mask=mask, enable_gqa=grouped)
         return mixed
     size, value_size = query_BATd.shape[-1], value_BGTv.shape[-1]

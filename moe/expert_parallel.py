@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.grouped import grouped_swiglu, sorted_rows
+from moe.grouped import grouped_swiglu, sorted_rows, unsorted_rows
 
 
 class _AllToAll(torch.autograd.Function):
@@ -43,6 +43,8 @@ def parallel_experts_forward(
     gate_up_eDF2: Tensor,
     down_eFD: Tensor,
     group: dist.ProcessGroup,
+    *,
+    remakes: bool = False,
 ) -> Tensor:
     """Like `moe.experts.experts_forward`, [N, D], with this rank's share of the experts. A collective of `group`."""
     ranks_P, local = dist.get_world_size(group), gate_up_eDF2.shape[0]
@@ -56,9 +58,8 @@ def parallel_experts_forward(
     # What arrives is ordered by sender, then expert; grouped products want it by expert.
     expert_R = torch.arange(local, device=x_ND.device).repeat(ranks_P).repeat_interleave(arriving_Pe.flatten())
     by_expert_R = expert_R.argsort(stable=True)
-    outputs_RD = grouped_swiglu(arrived_RD[by_expert_R], arriving_Pe.sum(0), gate_up_eDF2, down_eFD)
-    outputs_RD = torch.empty_like(outputs_RD).index_copy(0, by_expert_R, outputs_RD)
-
-    returned = _AllToAll.apply(outputs_RD, receive, send, group)
-    by_token_NKD = torch.empty_like(returned).index_copy(0, order, returned).unflatten(0, indices_NK.shape)
+    # Sorted, what arrived is kept once; there is nothing to gain in making the sorted rows again from the others.
+    outputs_RD = grouped_swiglu(arrived_RD[by_expert_R], arriving_Pe.sum(0), gate_up_eDF2, down_eFD, remakes=remakes)
+    returned = _AllToAll.apply(unsorted_rows(outputs_RD, by_expert_R), receive, send, group)
+    by_token_NKD = unsorted_rows(returned, order).unflatten(0, indices_NK.shape)
     return (by_token_NKD * gates_NK.unsqueeze(-1).to(returned.dtype)).sum(dim=1)

@@ -16,6 +16,9 @@ class Experts(nn.Module):
     knows them: `allreduce = False` and the name of their group.
     """
 
+    remakes = False
+    """Whether the backward makes again what lies between products (moe/recompute.py)."""
+
     def __init__(self, config: ModelConfig, *, parallel_size: int = 1) -> None:
         super().__init__()
         assert config.num_experts % parallel_size == 0
@@ -34,5 +37,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, indices_NK: Tensor, gates_NK: Tensor) -> Tensor:
         if self.group is None:
-            return experts_forward(x_ND, indices_NK, gates_NK, self.gate_up, self.down)
-        return parallel_experts_forward(x_ND, indices_NK, gates_NK, self.gate_up, self.down, self.group)
+            return experts_forward(x_ND, indices_NK, gates_NK, self.gate_up, self.down, remakes=self.remakes)
+        return parallel_experts_forward(
+            x_ND, indices_NK, gates_NK, self.gate_up, self.down, self.group, remakes=self.remakes
+        )

@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.recompute import remade
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension, computed in float32 (Zhang & Sennrich 2019)."""
+
+    remakes = False
+    """Whether the backward makes again what lies between input and output (moe/recompute.py)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -17,6 +22,9 @@ class RMSNorm(nn.Module):
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return remade(self.remakes, self._normalize, x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
         return wide.to(x.dtype) * self.weight
@@ -43,12 +51,18 @@ def rotate(x_BATd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
+    remakes = False
+    """Whether the backward makes the activation again (moe/recompute.py)."""
+
     def __init__(self, width: int, intermediate: int) -> None:
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * intermediate, bias=False)
         self.down = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return remade(self.remakes, self._contract, self.gate_up(x))
+
+    def _contract(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         out: Tensor = self.down(F.silu(gate) * up)
         return out

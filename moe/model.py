@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.blocks import Block, LayerReport, MoELayer, NextTokenBlock, Samples
+from moe.compiled import compile_regions
 from moe.config import ModelConfig
 from moe.documents import Layout, document_layout
-from moe.layers import RMSNorm, rotary_table
+from moe.experts import Experts
+from moe.layers import FeedForward, RMSNorm, rotary_table
 from moe.loss_head import IGNORED_LABEL, OutputHead
-from moe.router import THRESHOLD_BINS, RoutingStats
+from moe.router import THRESHOLD_BINS, Router, RoutingStats
 from moe.sequence_parallel import Shards
 from trainer.phases import cut
 
@@ -64,7 +66,13 @@ class MoEDecoder(nn.Module):
         self._stats: dict[CountKind, list[RoutingStats]] = {"train": [], "eval": []}
         self._samples_per_row = 0
         self.shards = Shards()
+        if config.activation_recompute == "selective":
+            for module in self.modules():
+                if isinstance(module, (RMSNorm, FeedForward, Router, Experts)):
+                    module.remakes = True
         self._initialize(expert_parallel_size, expert_parallel_rank)
+        if config.compile:
+            compile_regions(self)
 
     penalty_name = "moe/aux_loss"
     """Metric under which the loop reports the auxiliary losses."""

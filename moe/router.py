@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.recompute import remade
 from trainer.errors import ConfigError
 
 THRESHOLD_BINS = 1000
@@ -146,6 +147,8 @@ class Router(nn.Module):
     """Scores, bias and selection of one layer. The bias is a float32 buffer whatever type the model is cast to."""
 
     expert_bias_E: Tensor
+    remakes = False
+    """Whether the backward makes the float32 copy of the input again (moe/recompute.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -193,11 +196,11 @@ class Router(nn.Module):
         """Route every token; gates are float32 [N, K]. Padding (`counted_N` False) is routed but not counted."""
         config = self._config
         # Routing is a comparison of close numbers: products, scores and selection all stay in float32.
-        wide_ND = x_ND.float()
         if config.router_jitter and self.training:
             # Drawn from torch's generator, whose state checkpoints keep and recomputation and two passes replay.
-            wide_ND = wide_ND * torch.empty_like(wide_ND).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
-        logits_NE = wide_ND @ self.weight.float().T
+            noise_ND = torch.empty_like(x_ND, dtype=torch.float32)
+            x_ND = x_ND.float() * noise_ND.uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+        logits_NE = remade(self.remakes, self._logits, x_ND)
         scores_NE = router_scores(logits_NE, config.router_score)
         with torch.no_grad():
             indices_NK = self._select(scores_NE)
@@ -214,6 +217,9 @@ class Router(nn.Module):
             count_tokens(indices_NK, counted_N, self.num_experts), dropped, self._thresholds(scores_NE, counted_N)
         )
         return Routing(indices_NK, gates_NK, scores_NE, logits_NE, stats)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        return x_ND.float() @ self.weight.float().T
 
     def _select(self, scores_NE: Tensor) -> Tensor:
         config = self._config

@@ -7,7 +7,8 @@ Decisions:
 - Parts are told by the model: `timed_parts()` yields (name, module). A part is the module's forward; in the backward
   it begins when the gradient of its output is there, and ends with that of its input. What is no module is divided by
   `trainer.phases.cut`: from there on, to the end of the module around it, it is another part.
-- What runs forward inside a backward is `recompute`, whatever part it belongs to.
+- A part that runs forward inside a backward is `recompute`, whichever it is. What a part makes again of its own insides
+  (`activation_recompute: selective`) belongs to its backward.
 - Reduction, clipping and Adam are methods of DeepSpeed's objects; the engine names them (`Engine.seams`).
 - Between the ends of two parts lie residual sums and the like: `backbone` inside the model, `engine` outside it.
 """

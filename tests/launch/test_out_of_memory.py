@@ -22,7 +22,7 @@ def test_an_allocation_that_is_refused_is_one_line_and_exit_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory: ")
     assert "you tried to allocate 281474976710656 bytes" in line
-    assert "train.micro_batch_size=1 (the same batch in more pieces), model.activation_recompute=block" in line
+    assert "train.micro_batch_size=1 (the same batch in more pieces), model.activation_recompute=selective" in line
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
@@ -37,6 +37,8 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     ("overrides", "ranks", "first"),
     [
         (["train.accumulation=deferred"], 1, "train.accumulation=auto"),
+        (["train.micro_batch_size=1"], 2, "model.activation_recompute=selective"),
+        (["train.micro_batch_size=1", "model.activation_recompute=selective"], 2, "model.activation_recompute=block"),
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 2, "engine.zero_stage=2"),
         (["train.micro_batch_size=1", "model.activation_recompute=block", "engine.zero_stage=2"], 2, "engine.zero_stage=3"),  # noqa: E501
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 1, "more ranks"),
