@@ -64,9 +64,7 @@ class Workload:
 
     def forward(self, module: nn.Module) -> Tensor:
         """The module's output, with its graph."""
-        output: Tensor = (
-            module(self.x_BTD, self._counted_BT)[0] if isinstance(module, MoELayer) else module(self.x_BTD)
-        )
+        output: Tensor = module(self.x_BTD, self._counted_BT)[0] if isinstance(module, MoELayer) else module(self.x_BTD)
         return output
 
     def run(self, module: nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -21,22 +21,12 @@ VOCAB, WIDTH, WIDE, TOKENS, MEMORY_TOKENS = 131_072, 512, 2048, 512, 2048
 class Head:
     """One head with its input, and gradients of the token losses as sample weights would make them."""
 
-    def __init__(
-        self,
-        tile: int,
-        width: int,
-        tokens: int,
-        *,
-        vocab: int = VOCAB,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, tile: int, width: int, tokens: int) -> None:
         torch.manual_seed(0)
-        with device or torch.device("cpu"):
-            self.module = OutputHead(width, vocab, loss_tile=tile).to(dtype)
-            self.hidden_ND = torch.randn(tokens, width).to(dtype).requires_grad_()
-            self.labels_N = torch.randint(0, vocab, (tokens,))
-            self.weights_N = torch.rand(tokens)
+        self.module = OutputHead(width, VOCAB, loss_tile=tile)
+        self.hidden_ND = torch.randn(tokens, width, requires_grad=True)
+        self.labels_N = torch.randint(0, VOCAB, (tokens,))
+        self.weights_N = torch.rand(tokens)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, and gradients of hidden states and weight."""

@@ -156,7 +156,11 @@ class PaddedBmm(_Own):
         gates_NK, indices_NK = self.route(x_ND)
         order, counts_E = sorted_rows(indices_NK, self.config.num_experts)
         experts, capacity = indices_NK.flatten()[order], int(counts_E.max())
-        slot_R = experts * capacity + torch.arange(len(order), device=x_BTD.device) - (counts_E.cumsum(0) - counts_E)[experts]
+        slot_R = (
+            experts * capacity
+            + torch.arange(len(order), device=x_BTD.device)
+            - (counts_E.cumsum(0) - counts_E)[experts]
+        )
         padded_ECD = x_ND.new_zeros(len(counts_E) * capacity, x_ND.shape[1])
         padded_ECD = padded_ECD.index_copy(0, slot_R, x_ND[order // self.config.top_k]).unflatten(0, (-1, capacity))
         gate, up = torch.bmm(padded_ECD, self.gate_up).chunk(2, dim=-1)

@@ -121,7 +121,7 @@ def _shown(value: float) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on, as far as it is installed."""
+    """Versions of what takes part in a bench, of what is installed."""
     return {name: found for name in VERSIONED if (found := _version(name))}
 
 

@@ -86,7 +86,9 @@ class Bound:
         self.gates_NK = torch.rand(choices_NK.shape, device=self.x_ND.device).to(self.x_ND.dtype)
         self.gate_up_EDF2, self.down_EFD = gate_up, down
         order_R, _ = sorted_rows(choices_NK, len(gate_up))
-        self.place_NK = torch.empty_like(order_R).index_copy(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        self.place_NK = torch.empty_like(order_R).index_copy(
+            0, order_R, torch.arange(len(order_R), device=order_R.device)
+        )
         self.place_NK = self.place_NK.view_as(choices_NK)
         token_R = order_R // choices_NK.shape[1]
         by_expert = (len(gate_up), -1)

@@ -1,4 +1,4 @@
-"""`gpu/loss_head`: losses and gradients of our output head in bf16 against the plain head, Liger's and cut-cross-entropy's.
+"""`gpu/loss_head`: losses and gradients of our head in bf16 against the plain one, Liger's and cut-cross-entropy's.
 
 The gradients of the token losses are weights that are known only after the forward, as `deferred` needs them: an
 implementation that cannot do that fails the comparison and is listed as not run.
@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from tests.bench.loss_head import Head
+from moe.loss_head import OutputHead
 from tests.bench.report import Report
 from tests.bench.timing import interleaved, stopwatch
 
@@ -26,15 +27,29 @@ class Size(NamedTuple):
     tokens: int = 8192
 
 
-class _KernelHead(nn.Module):
-    """The weight of a head, under somebody else's function."""
+class Head:
+    """Hidden states, weight and labels, the same for everybody, under one function."""
 
-    def __init__(self, weight: nn.Parameter, kernel: Kernel) -> None:
-        super().__init__()
-        self.weight, self._kernel = weight, kernel
+    def __init__(self, size: Size, device: torch.device, losses: Kernel | None = None) -> None:
+        """`losses`: somebody's function; None for our module's."""
+        torch.manual_seed(0)
+        with device:
+            module = OutputHead(size.width, size.vocab, loss_tile=0).bfloat16()
+            self.hidden_ND = torch.randn(size.tokens, size.width).bfloat16().requires_grad_()
+            self.labels_N = torch.randint(0, size.vocab, (size.tokens,))
+            self.weights_N = torch.rand(size.tokens)
+        self.weight = module.weight
+        self._losses = losses or (lambda hidden_ND, weight, labels_N: module(hidden_ND, labels_N))
 
-    def forward(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
-        return self._kernel(hidden_ND, self.weight, labels_N).float()
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, and the gradients of hidden states and weight under weights that come after the forward."""
+        losses_N = self._losses(self.hidden_ND, self.weight, self.labels_N)
+        weights_N = self.weights_N.to(losses_N.dtype)
+        return losses_N.detach(), *torch.autograd.grad(losses_N, [self.hidden_ND, self.weight], weights_N)
+
+
+def _plain(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), labels_N, reduction="none")
 
 
 def _liger() -> Kernel:
@@ -66,36 +81,27 @@ def measure(
     report: Report, device: torch.device, *, size: Size | None = None, rounds: int = 10, warm_up: int = 2
 ) -> None:
     """Time over the plain head's, kernels' time over ours, and on a GPU the memory that a pass adds."""
-    vocab, width, tokens = size = size or Size()
-
-    def head(tile: int) -> Head:
-        return Head(tile, width, tokens, vocab=vocab, device=device, dtype=torch.bfloat16)
-
-    heads = {"plain": head(vocab), "ours": head(0)}
-    plain_results = [tensor.detach() for tensor in heads["plain"].run()]
-    _check(heads["ours"], plain_results)
+    size = size or Size()
+    heads = {"plain": Head(size, device, _plain), "ours": Head(size, device)}
+    expected = heads["plain"].run()
+    _check(heads["ours"], expected)
     for name, load in KERNELS.items():
-        key = f"gpu/loss_head/peer/{name}"
         try:
-            peer = head(0)
-            peer.module = _KernelHead(peer.module.weight, load())  # type: ignore[assignment]
-            _check(peer, plain_results)
+            peer = Head(size, device, load())
+            _check(peer, expected)
         except Exception as error:  # it is not there, cannot run, or computes something else
-            report.not_run(key, error)
+            report.not_run(f"gpu/loss_head/peer/{name}", error)
         else:
             heads[name] = peer
     times = interleaved(
         {name: each.run for name, each in heads.items()}, rounds=rounds, warm_up=warm_up, watch=stopwatch(device)
     )
     ours = times.pop("ours")
-    shape = f"V {vocab}, width {width}, {tokens} tokens, {1e3 * ours.median:.2f} ms"
+    plain = times.pop("plain")
+    note = f"V {size.vocab}, width {size.width}, {size.tokens} tokens, {1e3 * ours.median:.2f} ms"
+    report.add("gpu/loss_head/time_ratio", ours.median / plain.median, ours.minimum / plain.minimum, note=note)
     for name, timing in times.items():
-        if name == "plain":
-            report.add(
-                "gpu/loss_head/time_ratio", ours.median / timing.median, ours.minimum / timing.minimum, note=shape
-            )
-        else:
-            report.add(f"gpu/loss_head/peer/{name}", timing.median / ours.median, timing.minimum / ours.minimum)
+        report.add(f"gpu/loss_head/peer/{name}", timing.median / ours.median, timing.minimum / ours.minimum)
     if device.type != "cuda":
         report.not_run("gpu/loss_head/memory_ratio", "counted by the GPU's allocator only")
         return
@@ -104,9 +110,9 @@ def measure(
     report.add("gpu/loss_head/memory_ratio", added["ours"] / added["plain"], note=note)
 
 
-def _check(head: Head, plain_results: list[Tensor]) -> None:
+def _check(head: Head, expected: tuple[Tensor, ...]) -> None:
     names = ("losses", "gradient of the hidden states", "gradient of the weight")
-    for what, mine, plain in zip(names, head.run(), plain_results, strict=True):
+    for what, mine, plain in zip(names, head.run(), expected, strict=True):
         error = ((mine.float() - plain.float()).norm() / plain.float().norm()).item()
         if not error < 2e-2:
             raise AssertionError(f"{what} differ from the plain head's by {error:.1e}")
