@@ -1,10 +1,10 @@
-"""Whole optimizer steps on any device: ours, through the real engine and accumulation, and transformers' under DeepSpeed.
+"""Whole optimizer steps on any device: ours, through real engine and accumulation, and transformers' under DeepSpeed.
 
 One GLM-4-MoE in both, with the same weights, batches, ZeRO stage, fused AdamW and clipping.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class StepShape:
     micro_batches: int
     engine: EngineConfig
     device: torch.device
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
 
     @property
     def tokens(self) -> int:
