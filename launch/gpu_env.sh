@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts for a machine with a CUDA GPU: go to the repository, find or make a Python that has what they
 # need, and put it into PYTHON and first into PATH. Ends with exit code 2 where there is no GPU.
 #
@@ -8,7 +9,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 
-if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "error: $PYTHON sees no CUDA GPU; run this where there is one, or set PYTHON to an interpreter whose torch has CUDA" >&2
   exit 2
 fi

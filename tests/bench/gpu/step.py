@@ -89,8 +89,8 @@ def measure(
 def measure_peer(
     report: Report, device: torch.device, *, shape: StepShape | None = None, rounds: int = 10, warm_up: int = 3
 ) -> None:
-    """Tokens a second against transformers under DeepSpeed: same weights, batches, ZeRO stage; ours has the bias hook."""
-    shape = (shape or full_shape(device)).with_layers(PAIR_LAYERS if shape is None else shape.model.num_layers)
+    """Tokens a second against transformers under DeepSpeed; ours has the bias hook."""
+    shape = shape or full_shape(device).with_layers(PAIR_LAYERS)
     join_process_group()
     ours, theirs = shape.build(), shape.build_transformers()
     copy_weights(ours, theirs)
