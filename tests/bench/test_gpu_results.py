@@ -103,7 +103,7 @@ def test_a_result_is_shown_with_targets_misses_and_gaps(tmp_path: Path, capsys: 
 
 @pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize(
-    ("argv", "message"), [([], "no CUDA GPU"), (["layer"], "no family 'layer'; there are moe_layer")]
+    ("argv", "message"), [([], "no CUDA GPU"), (["layer"], "no family 'layer'; there are train_step")]
 )
 def test_without_a_gpu_or_such_a_family_it_says_so(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]

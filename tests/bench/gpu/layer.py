@@ -24,7 +24,7 @@ from tests.bench.report import Report
 from tests.bench.timing import Timing, interleaved, stopwatch
 
 ZIPF_EXPONENT = 1.0
-COMPILED = ("transformers_qwen3_grouped_mm", "transformers_glm4_grouped_mm", "torchtitan_bf16")
+COMPILED = ("transformers_qwen3_grouped_mm", "torchtitan_bf16")
 
 
 class Shape(NamedTuple):
