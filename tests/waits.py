@@ -1,8 +1,10 @@
 """Where a step would wait for a GPU, seen on a CPU: operations whose result the host needs before it can go on."""
 
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,12 +24,23 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 class DeviceWaits(TorchDispatchMode):
     """Collects the places, as file:line of this repository, that would make the host wait if tensors were on a GPU.
 
-    Not seen: `tolist` and `cpu`, which are nothing on a CPU, and what libraries wait for explicitly.
+    Not seen is what libraries wait for explicitly (streams, events).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
+
+    def __enter__(self) -> "DeviceWaits":
+        self._patches = ExitStack()
+        for name in ("tolist", "cpu"):  # on a CPU these are no operations
+            self._patches.enter_context(patch.object(Tensor, name, self._seen(name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        self._patches.close()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = function.overloadpacket
@@ -38,6 +51,15 @@ class DeviceWaits(TorchDispatchMode):
         if packet in WAITING or by_mask or unknown_size:
             self.places.append(f"{_place()} {packet}")
         return function(*args, **(kwargs or {}))
+
+    def _seen(self, name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def method(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.places.append(f"{_place()} {name}")
+            return original(tensor, *arguments, **options)
+
+        return method
 
 
 def _place() -> str:

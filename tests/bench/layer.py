@@ -17,10 +17,9 @@ from moe.config import ModelConfig
 from moe.layers import FeedForward
 from tests.bench.peers import PEERS, Builder, Peer, Weights
 from tests.bench.report import Report
-from tests.bench.timing import Timing, interleaved
+from tests.bench.timing import CPU, Timing, interleaved
 
 HIDDEN = 512
-CPU = torch.device("cpu")
 _ROUTER_GAIN = 0.1  # length of a router row that is planted
 WORKLOADS = {
     "A": ModelConfig(num_experts=16, top_k=2, expert_intermediate_size=1024, hidden_size=HIDDEN, num_shared_experts=0),

@@ -14,6 +14,7 @@ import torch
 Stopwatch = Callable[[Callable[[], object]], float]
 """Runs a task and returns the seconds it took."""
 
+CPU = torch.device("cpu")
 _FLUSH_BYTES = 2**28  # twice the largest level-2 cache (B200's 126 MB)
 
 

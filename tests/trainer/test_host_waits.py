@@ -15,11 +15,12 @@ from moe.model import MoEDecoder
 from reweighting.hook import FrozenConfig, SampleReweightConfig, SampleReweightHook
 from reweighting.reference import ReferenceConfig
 from tests.bench.collectives import LocalEngine
-from tests.waits import DeviceWaits
+from tests.waits import ROOT, DeviceWaits
 from trainer.accumulate import AccumulationMode, Accumulator
 from trainer.data.loader import MicroBatch
 from trainer.hooks import Hook, HookList, RunContext, StepResult
-from trainer.metrics import MetricBuffer
+from trainer.telemetry import StepTelemetry
+from trainer.train_state import TrainState
 
 VOCAB, LENGTH, ROWS, MICRO_BATCHES = 64, 16, 2, 3
 SHAPE: dict[str, Any] = {
@@ -39,10 +40,14 @@ def batches(step: int) -> list[MicroBatch]:
     return found
 
 
-def places_of(
+VERDICT = "seen = torch.stack([finite_B.all().double(), num_tokens.double(), batch.signals.double(), mean]).tolist()"
+AUDIT = "is_off = float(audit) > config.frozen.tolerance"
+
+
+def waits_of(
     mode: AccumulationMode, hooks: dict[str, Hook], steps: int = 3, per_row: int = 1, **shape: Any
 ) -> set[str]:
-    """Where a few steps would wait, each place once."""
+    """The lines at which a few steps would wait."""
     torch.manual_seed(0)
     # In bf16 the experts run as they do on CUDA.
     model = MoEDecoder(ModelConfig(**(SHAPE | shape)), vocab_size=VOCAB).bfloat16()
@@ -58,17 +63,21 @@ def places_of(
         LocalEngine(model), hook_list, mode=mode, normalization="tokens",  # type: ignore[arg-type]
         num_micro_batches=MICRO_BATCHES, samples_per_row=per_row, device=torch.device("cpu"),
     )  # fmt: skip
-    waits = DeviceWaits()
+    waits, state, applied = DeviceWaits(), TrainState(), StepResult(applied=True, reason="")
+    telemetry = StepTelemetry(state, ("a",), flops_per_token=1.0, precision="bf16", device=torch.device("cpu"))
     for step in range(steps):
-        recorder = MetricBuffer()
         with waits:
-            done = accumulator.run(batches(step), step=step + 1, applied_steps=step, recorder=recorder)
-            hook_list.after_step(done.context, StepResult(applied=True, reason=""))
-            recorder.close_step()
+            telemetry.start_step()
+            done = accumulator.run(batches(step), step=step + 1, applied_steps=step, recorder=telemetry.buffer)
+            hook_list.after_step(done.context, applied)
+            telemetry.record_step(
+                state, done.context, done.coefficients_B, applied, learning_rate=0.0, grad_norm=torch.tensor(1.0)
+            )
         accumulator.budget.settle()
     if mode == "frozen":
         assert done.gradient_scale is not None, "the last step ran with frozen weights"
-    return set(waits.places)
+    places = [place.split()[0].split(":") for place in waits.places]
+    return {(ROOT / file).read_text().splitlines()[int(line) - 1].strip() for file, line in places}
 
 
 def reweight(**changes: Any) -> SampleReweightHook:
@@ -90,13 +99,13 @@ def test_weights_are_set_without_waiting(mode: AccumulationMode, changes: dict[s
     hooks: dict[str, Hook] = {"sample_reweight": reweight(**changes)}
     if per_row == 1:
         hooks["expert_bias"] = ExpertBiasHook(ExpertBiasConfig(count="weight"))
-    assert places_of(mode, hooks, per_row=per_row) == set()
+    assert waits_of(mode, hooks, per_row=per_row) == {VERDICT}
 
 
 @pytest.mark.parametrize("rule", ["sign", "pid", "smebu", "multiplicative", "quantile", "bip", "none"])
 def test_biases_move_without_waiting(rule: str) -> None:
     hooks: dict[str, Hook] = {"expert_bias": ExpertBiasHook(ExpertBiasConfig(rule=rule))}  # type: ignore[arg-type]
-    assert places_of("streaming", hooks) == set()
+    assert waits_of("streaming", hooks) == {VERDICT}
 
 
 @pytest.mark.parametrize(
@@ -109,15 +118,12 @@ def test_biases_move_without_waiting(rule: str) -> None:
     ],
 )
 def test_models_of_every_kind_forward_without_waiting(shape: dict[str, Any]) -> None:
-    assert places_of("streaming", {"expert_bias": ExpertBiasHook(ExpertBiasConfig())}, steps=1, **shape) == set()
+    assert waits_of("streaming", {"expert_bias": ExpertBiasHook(ExpertBiasConfig())}, steps=1, **shape) == {VERDICT}
 
 
 def test_a_frozen_step_waits_once_more_for_its_audit() -> None:
     hooks: dict[str, Hook] = {"sample_reweight": reweight(frozen=FrozenConfig(tolerance=1e9))}
-    (place,) = places_of("frozen", hooks)
-    file, line = place.split()[0].split(":")
-    text = Path(file).read_text().splitlines()[int(line) - 1]
-    assert "float(audit)" in text
+    assert waits_of("frozen", hooks) == {VERDICT, AUDIT}
 
 
 def test_a_wait_is_seen() -> None:
@@ -126,4 +132,5 @@ def test_a_wait_is_seen() -> None:
         values[values.argmax()]
         values[values > 0.5]
         float(values.sum())
-    assert len(waits.places) == 3
+        values.tolist()
+    assert len(waits.places) == 4
