@@ -1,6 +1,7 @@
 """Where a step would wait for a GPU, seen on a CPU: operations whose result the host needs before it can go on."""
 
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class DeviceWaits(TorchDispatchMode):
     def __enter__(self) -> "DeviceWaits":
         self._patches = ExitStack()
         for name in ("tolist", "cpu"):  # on a CPU these are no operations
-            self._patches.enter_context(patch.object(Tensor, name, self._seen(name)))
+            self._patches.enter_context(patch.object(Tensor, name, self._seen(Tensor, name, lambda *_, **__: True)))
+        for name in ("tensor", "as_tensor"):  # numbers of the host, which a copy to a device waits with
+            self._patches.enter_context(patch.object(torch, name, self._seen(torch, name, _is_copied)))
         super().__enter__()
         return self
 
@@ -52,14 +55,19 @@ class DeviceWaits(TorchDispatchMode):
             self.places.append(f"{_place()} {packet}")
         return function(*args, **(kwargs or {}))
 
-    def _seen(self, name: str) -> Any:
-        original = getattr(Tensor, name)
+    def _seen(self, owner: Any, name: str, waits: Callable[..., bool]) -> Any:
+        original = getattr(owner, name)
 
-        def method(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            self.places.append(f"{_place()} {name}")
-            return original(tensor, *arguments, **options)
+        def function(*arguments: Any, **options: Any) -> Any:
+            if waits(*arguments, **options):
+                self.places.append(f"{_place()} {name}")
+            return original(*arguments, **options)
 
-        return method
+        return function
+
+
+def _is_copied(data: Any, *, device: torch.device | None = None, **_: Any) -> bool:
+    return device is not None and not isinstance(data, Tensor)
 
 
 def _place() -> str:

@@ -133,4 +133,6 @@ def test_a_wait_is_seen() -> None:
         values[values > 0.5]
         float(values.sum())
         values.tolist()
-    assert len(waits.places) == 4
+        torch.tensor(1.0, device=values.device)
+        torch.tensor(1.0)  # stays with the host
+    assert len(waits.places) == 5
