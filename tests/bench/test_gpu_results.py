@@ -137,3 +137,30 @@ def test_a_family_that_fails_is_listed_with_its_last_line(tmp_path: Path, monkey
     assert reason.startswith("exit code 2: error: torch sees no CUDA GPU")
     assert not report.rows
     assert command.run_family("skew", report, timeout_s=0.1).startswith("the time was up")
+
+
+def test_a_run_is_written_and_shown_though_a_family_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the command does around its child processes, which need a GPU."""
+
+    def run_family(name: str, report: Report, *, timeout_s: float) -> str:
+        assert timeout_s == pytest.approx(command.FAMILIES["skew"].seconds + 40 * (name == "loss_head"), abs=5)
+        report.add(f"gpu/{name}/x", 1.0)
+        return "exit code 1: RuntimeError" if name == "loss_head" else ""
+
+    def result_of(report: Report, *, seconds: float) -> Result:
+        figures = {key: row._asdict() for key, row in report.rows.items()}
+        return replace(RESULT, figures=figures, missing=dict(report.missing))
+
+    monkeypatch.setattr(command, "LOG", tmp_path / "log" / "gpu-bench.log")
+    monkeypatch.setattr(command, "run_family", run_family)
+    monkeypatch.setattr(results, "result_of", result_of)
+    assert command.measure(["skew", "loss_head"], Console(width=160), tmp_path) == 1
+    path = newest(tmp_path)
+    assert path is not None
+    assert load(path).figures.keys() == {"gpu/skew/x", "gpu/loss_head/x"}
+    captured = capsys.readouterr()
+    assert "not run: exit code 1: RuntimeError" in captured.out
+    assert "loss_head failed" in captured.err
+    assert str(path) in captured.err

@@ -22,6 +22,7 @@ from tests.bench.steps import OurStep, StepShape
 from tests.bench.timing import cpu_seconds, stopwatch
 from tests.gpu.host_syncs import HostSyncs
 from tests.harness import run
+from tests.moe.test_parity import copy_weights
 
 CPU = torch.device("cpu")
 SHAPES = {name: Shape(8, 2, 64, 32, 256) for name in list(layer.SHAPES)[:1]}
@@ -130,6 +131,24 @@ def test_balance_is_forced_inside_only() -> None:
     ours.after(ours.accumulate())
     found.append(float(ours.records.values["moe/maxvio_batch"]))
     assert found[0] == 0 < found[1]
+
+
+def test_nothing_mixes_tensors_of_host_and_device() -> None:
+    """On the meta device, which refuses them beside its own, and which has no numbers to be asked for."""
+    meta = torch.device("meta")
+    with pytest.raises(RuntimeError, match=r"[Dd]evice"):
+        torch.ones(3, device=meta) + torch.ones(3)
+    shape = Shape(8, 2, 64, 32, 256)
+    choices_NK = layer.balanced_choices(shape, meta)
+    workload = layer.Workload(shape.config, shape.tokens, device=meta, dtype=torch.bfloat16, choices_NK=choices_NK)
+    workload.run(workload.layer)
+    layer.Bound(workload, choices_NK).both()
+    layer.zipf_choices(shape, meta)
+    loss_head.Head(loss_head.Size(512, 32, 64), meta).run()
+    step_shape = replace(tiny_shape(), device=meta)
+    model, tokens_BT = step_shape.build(), torch.zeros(2, 32, dtype=torch.int64, device=meta)
+    model(tokens_BT, tokens_BT, tokens_BT).mean().backward()
+    copy_weights(model, step_shape.build_transformers())
 
 
 def test_without_a_gpu_time_is_cpu_time_and_nothing_waits() -> None:

@@ -96,7 +96,7 @@ def print_result(console: Console, result: results.Result, path: Path) -> None:
     report.print_table(console, title=f"{result.hardware['gpu']}, {result.date}; times by CUDA events", caption=caption)
 
 
-def measure(families: list[str], console: Console) -> int:
+def measure(families: list[str], console: Console, folder: Path = results.FOLDER) -> int:
     """Run the families one by one, print what they found and write it down; 1 if one of them failed."""
     report, begin, deadline, failed = Report(AT_LEAST, AT_MOST), time.monotonic(), 0.0, False
     LOG.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def measure(families: list[str], console: Console) -> int:
             report.not_run(f"gpu/{name}", reason)
         sys.stderr.write(f"{name} {'failed' if reason else 'done'}, {time.monotonic() - begin:.0f} s\n")
     result = results.result_of(report, seconds=time.monotonic() - begin)
-    path = results.save(result)
+    path = results.save(result, folder)
     print_result(console, result, path)
     sys.stderr.write(f"written to {path}; what the families said is in {LOG}\n")
     return int(failed)

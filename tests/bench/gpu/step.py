@@ -64,7 +64,9 @@ def measure(
     model = engine.module
     assert isinstance(model, MoEDecoder)
 
+    _forget_peak(device)
     times = interleaved(dict(steps), rounds=rounds, warm_up=warm_up, watch=watch)
+    _report_peak(report, device)
     assert all(steps[name].records.values["reweight/frozen"] for name in ("frozen", "both")), "an exact step was timed"
     report.add(
         "gpu/hooks/frozen",
@@ -72,17 +74,10 @@ def measure(
         times["frozen"].minimum / times["plain"].minimum,
     )
     _measure_bias(report, steps["bias"], times["plain"], watch, rounds)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     _report_speed(report, shape, "routed", times["both"], f"MaxVio {_max_violation(steps['both']):.2f}")
     with forced_balance(model):
         timing = interleaved({"both": steps["both"]}, rounds=rounds, warm_up=warm_up, watch=watch)["both"]
         _report_speed(report, shape, "balanced", timing, f"MaxVio {_max_violation(steps['both']):.2f}")
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        report.add("gpu/train_step/peak_gib", peak, note=f"of {torch.cuda.mem_get_info()[1] / 2**30:.0f}")
-    else:
-        report.not_run("gpu/train_step/peak_gib", "counted by the GPU's allocator only")
     _count_syncs(report, steps["both"], model, shape)
 
 
@@ -134,6 +129,19 @@ def _measure_bias(report: Report, step: OurStep, plain: Timing, watch: Stopwatch
     middle = spent[len(spent) // 2]
     note = f"{1e6 * middle:.0f} us"
     report.add("gpu/hooks/bias", 1 + middle / plain.median, 1 + spent[0] / plain.minimum, note=note)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _report_peak(report: Report, device: torch.device) -> None:
+    if device.type != "cuda":
+        report.not_run("gpu/train_step/peak_gib", "counted by the GPU's allocator only")
+        return
+    peak, whole = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    report.add("gpu/train_step/peak_gib", peak / 2**30, note=f"of {whole / 2**30:.0f}, with both hooks")
 
 
 def _max_violation(step: OurStep) -> float:
