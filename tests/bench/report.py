@@ -86,12 +86,12 @@ class Report:
     def print(self, console: Console) -> None:
         """Every figure beside its target; misses are marked."""
         loop = "compiled" if native.available() else "plain torch"
-        shown = ", ".join(f"{name} {version}" for name, version in versions().items())
+        found = ", ".join(f"{name} {version}" for name, version in versions().items())
         console.print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
         self.print_table(
             console,
             title="ratios on this machine; CPU time on one thread, data: wall clock",
-            caption=f"{shown}\nCPU experts: {loop}",
+            caption=f"{found}\nCPU experts: {loop}",
         )
 
     def print_table(self, console: Console, *, title: str, caption: str) -> None:

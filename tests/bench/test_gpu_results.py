@@ -33,7 +33,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_recorded_run_is_valid() -> None:
-    for path in results.FOLDER.glob("*.json"):
+    for path in results.FOLDER.glob(results.FILES):
         load(path)
 
 
@@ -42,6 +42,7 @@ def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
     assert path.name == "nvidia-h200-2026-01-02-030405.json"
     assert load(path) == RESULT
     later = save(replace(RESULT, date="2026-01-02T04:00:00+00:00"), tmp_path)
+    (tmp_path / "growth.json").write_text("of another bench")
     assert newest(tmp_path) == later
     assert newest(tmp_path / "none") is None
 

@@ -23,6 +23,7 @@ from trainer.errors import ConfigError
 
 SCHEMA = 1
 FOLDER = ROOT / "tests" / "bench" / "results"
+FILES = "*-????-??-??-??????.json"  # of this bench, among others in the folder
 ALLOCATOR = "expandable_segments:True"
 
 
@@ -101,7 +102,7 @@ def load(path: Path) -> Result:
 
 def newest(folder: Path = FOLDER) -> Path | None:
     """The file of the latest run, or None if nothing was measured yet."""
-    return max(folder.glob("*.json"), key=lambda path: load(path).date, default=None)
+    return max(folder.glob(FILES), key=lambda path: load(path).date, default=None)
 
 
 def _problem(tree: Any) -> str:
