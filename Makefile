@@ -17,7 +17,7 @@ ARGS ?=
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train ablation-demo test test-slow layouts faults check static bench bench-peers lm-eval audit gpu clean
+.PHONY: help setup train ablation-demo test test-slow layouts faults check static bench bench-peers lm-eval audit gpu gpu-bench clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -84,6 +84,9 @@ audit: ## look up every pinned version in the Python advisory database; fails if
 
 gpu: ## on a machine with a CUDA GPU: device tests and a short bf16 training over NCCL
 	bash launch/gpu.sh
+
+gpu-bench: ## on a machine with a CUDA GPU: layers, steps, hooks and loss head against bounds, peers and targets
+	bash launch/gpu_bench.sh $(ARGS)
 
 clean: ## remove .venv, prepared data and caches; runs/ stays
 	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

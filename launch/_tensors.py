@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from trainer.tensor_files import save_tensors
 
 from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
+from trainer.tensor_files import save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

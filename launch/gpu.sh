@@ -1,31 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: the device tests, then a short bf16 training of the quickstart through DeepSpeed over NCCL,
-# with tokens/s, MFU and host syncs a step.
-#
-# Uses the Python that has torch (set PYTHON to choose). What else is missing is installed into .venv-gpu from the folder
-# wheels/, without network; fill it on a connected machine with the same Python:
-#   pip download -d wheels -c constraints.txt deepspeed megatron-core datasets omegaconf wandb rich safetensors \
-#     tokenizers ninja transformers pytest pytest-timeout hypothesis setuptools
+# with tokens/s, MFU and host syncs a step. What it needs and where it looks for it: gpu_env.sh.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-
-if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-  echo "error: $PYTHON sees no CUDA GPU; run this where there is one, or set PYTHON to an interpreter whose torch has CUDA" >&2
-  exit 2
-fi
-if ! "$PYTHON" -c 'import deepspeed, megatron.core, datasets, omegaconf, wandb, trainer.registry as r, sys; sys.exit(not r.hook_names())' 2>/dev/null; then
-  "$PYTHON" -m venv --system-site-packages .venv-gpu
-  PYTHON=$PWD/.venv-gpu/bin/python
-  if [ -d wheels ]; then
-    # No -c constraints here: torch is the machine's own, and its version may differ from the pinned one.
-    "$PYTHON" -m pip install --quiet --no-index --find-links wheels deepspeed megatron-core datasets omegaconf wandb \
-      rich safetensors tokenizers ninja transformers pytest pytest-timeout hypothesis setuptools
-  fi
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
-fi
-PATH="$(dirname "$PYTHON"):$PATH"
-export PATH
+. "$(dirname "$0")/gpu_env.sh"
 
 "$PYTHON" -m pytest -m gpu
 "$PYTHON" -m launch.prepare configs/quickstart.yaml

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import safetensors
 import torch
 from torch import Tensor, nn
-from trainer.tensor_files import save_tensors
 
 from moe.sequence_parallel import Shards
 from trainer import ranks
 from trainer.errors import ConfigError, StorageError
+from trainer.tensor_files import save_tensors
 
 IGNORED_LABEL = -100
 FORMAT = "evenkeel-router-scores-1"

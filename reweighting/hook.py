@@ -37,6 +37,7 @@ from trainer.hooks import (
     StepContext,
     StepResult,
 )
+from trainer.host_waits import host_may_wait
 
 _FROZEN_DECAY = 0.9  # of the ends of the loss scale that frozen steps use: losses drift slowly, batches are noisy
 
@@ -155,8 +156,9 @@ class SampleReweightHook(Hook):
         if step.used_B is not None:
             audit = divergence(weights_B.double(), self._used_weights(step))
             step.record("reweight/audit_kl", audit)
-            # A wait, but a short one: the step's verdict has just drained the device's queue.
-            if float(audit) > config.frozen.tolerance:
+            with host_may_wait(audit.device):  # a short one: the step's verdict has just drained the device's queue
+                is_off = float(audit) > config.frozen.tolerance
+            if is_off:
                 self._exact_until = step.applied_steps + 1 + config.frozen.exact_steps
         num_valid = step.valid_B.sum()
         step.record("reweight/ess", effective_sample_size(weights_B) / num_valid)

@@ -1,4 +1,5 @@
-"""Reference statistics: between which losses a sample's loss is placed. Pure functions; nothing waits for the device.
+"""Reference statistics: between which losses a sample's loss is placed. Pure functions; nothing waits for the device
+(hence `take`: an index that is a tensor of no dimension is read by the host first).
 
 The paper takes the smallest and largest loss of the step, so one outlier moves the midrange for everybody. Quantiles do
 not follow outliers, and running quantiles, over a decaying window of past steps, do not jump with the batch either. The
@@ -66,7 +67,7 @@ def batch_range(losses_B: Tensor, valid_B: Tensor, quantile: float = 0.0) -> Los
     def at(q: float) -> Tensor:
         position = q * last
         below = position.floor().long()
-        a, b = sorted_B[below], sorted_B[torch.minimum(below + 1, last)]
+        a, b = sorted_B.take(below), sorted_B.take(torch.minimum(below + 1, last))
         return torch.where(valid_B.any(), torch.lerp(a, b, (position - below).to(a.dtype)), torch.nan)
 
     return LossRange(at(quantile), at(1 - quantile))
@@ -97,8 +98,9 @@ def histogram_range(counts_Q: Tensor, quantile: float) -> LossRange:
     def at(q: float) -> Tensor:
         target = q * total
         index = torch.searchsorted(cumulative_Q, target.unsqueeze(0), right=q == 0.0).clamp(max=BINS - 1)[0]
-        before = cumulative_Q[index] - counts_Q[index]
-        inside = ((target - before) / counts_Q[index].clamp(min=1e-300)).clamp(0, 1)
+        count = counts_Q.take(index)
+        before = cumulative_Q.take(index) - count
+        inside = ((target - before) / count.clamp(min=1e-300)).clamp(0, 1)
         return torch.where(total > 0, (index + inside) * BIN_WIDTH, torch.nan)
 
     return LossRange(at(quantile), at(1 - quantile))

@@ -74,7 +74,7 @@ def cap_weights(weights_B: Tensor, limit: Tensor | float) -> Tensor:
     factors_B = (1 - held_B * limit) / tails_B.clamp(min=1e-300)
     # The first entry that need not be held when all before it are; the tolerance is for limit = 1/B.
     fits_B = (factors_B * descending_B <= limit * (1 + 1e-9)) & (factors_B >= 0)
-    factor = factors_B[fits_B.int().argmax()]
+    factor = factors_B.take(fits_B.int().argmax())  # not [...], which would ask the device for the index
     return torch.minimum(w_B * factor, limit).to(weights_B.dtype)
 
 
@@ -93,7 +93,7 @@ def sharpness_for_ess(scores_B: Tensor, valid_B: Tensor, sharpness: float, floor
         weights_GB = softmax_weights(scores_B.double(), valid_B, grid_G.unsqueeze(1))
         enough_G = effective_sample_size(weights_GB) >= wanted
         best = (enough_G.long().cumprod(0).sum() - 1).clamp(min=0)
-        low, high = grid_G[best], grid_G[(best + 1).clamp(max=_ESS_GRID - 1)]
+        low, high = grid_G.take(best), grid_G.take((best + 1).clamp(max=_ESS_GRID - 1))
     return low
 
 

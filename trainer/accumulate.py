@@ -37,6 +37,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engine import Engine
 from trainer.global_batch import GlobalBatch, Signals, gather_step
 from trainer.hooks import FrozenWeights, HookList, Recorder, StepContext
+from trainer.host_waits import host_may_wait
 from trainer.memory import GraphBudget
 from trainer.objective import (
     Normalization,
@@ -318,13 +319,14 @@ class _StepRun:
         finite_B = torch.isfinite(context.losses_B)
         num_tokens = batch.tokens_B.sum()
         mean = (context.losses_B * batch.tokens_B).sum() / num_tokens
-        seen = torch.stack([finite_B.all().double(), num_tokens.double(), batch.signals.double(), mean]).tolist()
+        with host_may_wait(self._device):
+            seen = torch.stack([finite_B.all().double(), num_tokens.double(), batch.signals.double(), mean]).tolist()
+            bad = [] if seen[0] == 1 else batch.sample_ids_B[~finite_B].tolist()
         all_finite, any_tokens, signals = seen[0] == 1, seen[1] > 0, Signals.of(int(seen[2]))
         loss = seen[3] if all_finite and any_tokens else None
         reason = "" if any_tokens else "no sample has a target token"
         is_spike = False
         if not all_finite:
-            bad = batch.sample_ids_B[~finite_B].tolist()
             shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             reason = f"loss is not finite in sample {shown}"
         elif loss is not None:

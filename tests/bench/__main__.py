@@ -1,9 +1,9 @@
 """`make bench`: ratios of this machine, all from one run. Prints a table with targets and writes runs/bench.json.
 
 One file a family of workloads: layer.py (and peers.py), train_step.py, engine.py, loss_head.py, hooks.py,
-collectives.py, memory.py, recompute.py. How things are timed is in timing.py, targets are in report.py, what was
-learned on the way in NOTES.md. Commands of their own, for they take minutes: tests.bench.compiled, .data,
-.reweighting, .growth (drawn by .figures) and the studies.
+collectives.py, host_waits.py, memory.py, recompute.py. How things are timed is in timing.py, targets are in report.py,
+what was learned on the way in NOTES.md. Commands of their own, for they take minutes: tests.bench.compiled, .data,
+.reweighting, .growth (drawn by .figures) and the studies. On a GPU: tests.bench.gpu.
 """
 
 import logging
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import collectives, engine, hooks, layer, loss_head, memory, recompute, train_step
+from tests.bench import collectives, engine, hooks, host_waits, layer, loss_head, memory, recompute, train_step
 from tests.bench.report import Report
 from tests.bench.timing import keep_freed_memory
 
@@ -25,6 +25,7 @@ FAMILIES = {
     "recompute": recompute.measure,
     "hooks": hooks.measure,
     "collectives": collectives.measure,
+    "host_waits": host_waits.measure,
     "train_step": train_step.measure,
     "engine": engine.measure,
     "loss_head": loss_head.measure,

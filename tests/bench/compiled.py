@@ -13,17 +13,11 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from moe.config import ModelConfig
 from moe.model import MoEDecoder
 from tests.bench.group import join_process_group
 from tests.bench.report import Report
 from tests.bench.timing import interleaved, keep_freed_memory
-from tests.bench.train_step import VOCAB, _Ours
-
-MODEL = ModelConfig(
-    hidden_size=256, num_layers=4, num_dense_layers=1, dense_intermediate_size=704, num_heads=8, num_kv_heads=4,
-    head_dim=32, num_experts=16, top_k=2, expert_intermediate_size=256, num_shared_experts=1, qk_norm=True,
-)  # fmt: skip
+from tests.bench.train_step import SHAPE, STEP, VOCAB, start_ours
 
 
 def measure(report: Report, rounds: int = 10) -> None:
@@ -32,7 +26,8 @@ def measure(report: Report, rounds: int = 10) -> None:
     steps, losses, began = {}, {}, {}
     for name in ("eager", "compiled"):
         torch.manual_seed(0)
-        steps[name] = _Ours(MoEDecoder(replace(MODEL, compile=name == "compiled"), vocab_size=VOCAB))
+        model = MoEDecoder(replace(SHAPE, compile=name == "compiled"), vocab_size=VOCAB)
+        steps[name] = start_ours(model, STEP)
         begin = time.monotonic()
         losses[name] = torch.tensor([steps[name]() for _ in range(3)])
         began[name] = time.monotonic() - begin

@@ -21,6 +21,7 @@ from moe.grouped import grouped_swiglu, sorted_rows
 from moe.layers import FeedForward
 
 Gradients = dict[str, Tensor]
+Builder = Callable[[ModelConfig, "Weights"], "Peer"]
 
 
 class Weights(NamedTuple):
@@ -85,20 +86,37 @@ class _Nothing(nn.Module):
         return 0.0
 
 
+def _without_shared(name: str, block: nn.Module, weights: Weights) -> Peer:
+    """A transformers layer without its shared expert, which the workloads do not have."""
+    block.shared_experts = _Nothing()
+    nn.init.zeros_(block.gate.e_score_correction_bias)
+    return _transformers(name, block, weights, sigmoid=True)
+
+
+def _grouped_routing(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size, "n_routed_experts": config.num_experts, "num_experts_per_tok": config.top_k,
+        "moe_intermediate_size": config.expert_intermediate_size, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 1.0, "norm_topk_prob": True, "experts_implementation": "grouped_mm",
+    }  # fmt: skip
+
+
 def deepseek_v3(config: ModelConfig, weights: Weights) -> Peer:
-    """transformers' DeepSeek-V3 layer without its shared expert, which the workloads do not have."""
+    """transformers' DeepSeek-V3 layer."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    theirs = DeepseekV3Config(
-        hidden_size=config.hidden_size, n_routed_experts=config.num_experts, num_experts_per_tok=config.top_k,
-        moe_intermediate_size=config.expert_intermediate_size, n_shared_experts=1, n_group=1, topk_group=1,
-        routed_scaling_factor=1.0, norm_topk_prob=True, experts_implementation="grouped_mm",
-    )  # fmt: skip
-    block = DeepseekV3MoE(theirs)
-    block.shared_experts = _Nothing()
-    nn.init.zeros_(block.gate.e_score_correction_bias)
-    return _transformers("transformers_deepseek_v3_grouped_mm", block, weights, sigmoid=True)
+    block = DeepseekV3MoE(DeepseekV3Config(**_grouped_routing(config)))
+    return _without_shared("transformers_deepseek_v3_grouped_mm", block, weights)
+
+
+def glm4(config: ModelConfig, weights: Weights) -> Peer:
+    """transformers' GLM-4-MoE layer."""
+    from transformers import Glm4MoeConfig
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
+
+    block = Glm4MoeMoE(Glm4MoeConfig(**_grouped_routing(config)))
+    return _without_shared("transformers_glm4_grouped_mm", block, weights)
 
 
 class _Own(nn.Module):
@@ -138,7 +156,11 @@ class PaddedBmm(_Own):
         gates_NK, indices_NK = self.route(x_ND)
         order, counts_E = sorted_rows(indices_NK, self.config.num_experts)
         experts, capacity = indices_NK.flatten()[order], int(counts_E.max())
-        slot_R = experts * capacity + torch.arange(len(order)) - (counts_E.cumsum(0) - counts_E)[experts]
+        slot_R = (
+            experts * capacity
+            + torch.arange(len(order), device=x_BTD.device)
+            - (counts_E.cumsum(0) - counts_E)[experts]
+        )
         padded_ECD = x_ND.new_zeros(len(counts_E) * capacity, x_ND.shape[1])
         padded_ECD = padded_ECD.index_copy(0, slot_R, x_ND[order // self.config.top_k]).unflatten(0, (-1, capacity))
         gate, up = torch.bmm(padded_ECD, self.gate_up).chunk(2, dim=-1)
@@ -277,12 +299,61 @@ def torchtitan(config: ModelConfig, weights: Weights) -> Peer:
     return Peer("torchtitan_bf16", _load(module, values), gradients, bf16=True)
 
 
-PEERS: dict[str, Callable[[ModelConfig, Weights], Peer]] = {
+class Sonic(nn.Module):
+    """sonic-moe's layer, which also returns a balancing loss. Hopper and Blackwell only."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        from sonicmoe import MoE
+        from sonicmoe.enums import ActivationType
+
+        self.moe = MoE(
+            num_experts=config.num_experts, num_experts_per_tok=config.top_k, hidden_size=config.hidden_size,
+            intermediate_size=config.expert_intermediate_size, activation_function=ActivationType.SWIGLU,
+            add_bias=False, std=0.02,
+        )  # fmt: skip
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        output: Tensor = self.moe(x_BTD)[0]
+        return output
+
+
+def sonic(config: ModelConfig, weights: Weights) -> Peer:
+    """sonic-moe: rows of gate and up take turns in its first weight, [E, 2F, D]."""
+    gate_EFD, up_EFD = (_transpose(half) for half in weights.gate_up.chunk(2, dim=-1))
+    up_gate = torch.stack([gate_EFD, up_EFD], dim=2).flatten(1, 2)
+    router, fc, proj = "moe.router.weight", "moe.c_fc.weight", "moe.c_proj.weight"
+    module = _load(Sonic(config), {router: weights.router, fc: up_gate, proj: _transpose(weights.down)})
+
+    def gradients(g: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        halves = g[fc].unflatten(1, (-1, 2)).unbind(dim=2)
+        return g[router], _transpose(torch.cat(halves, dim=1)), _transpose(g[proj])
+
+    return Peer("sonic_moe", module, gradients)
+
+
+def _grouped_mm(config: ModelConfig, weights: Weights) -> Peer:
+    return Peer("grouped_mm", GroupedMM(config, weights), _own_gradients)
+
+
+def _padded_bmm(config: ModelConfig, weights: Weights) -> Peer:
+    return Peer("padded_bmm", PaddedBmm(config, weights), _own_gradients)
+
+
+PEERS: dict[str, Builder] = {
     "transformers_qwen3_grouped_mm": qwen3,
     "transformers_deepseek_v3_grouped_mm": deepseek_v3,
-    "grouped_mm": lambda config, weights: Peer("grouped_mm", GroupedMM(config, weights), _own_gradients),
-    "padded_bmm": lambda config, weights: Peer("padded_bmm", PaddedBmm(config, weights), _own_gradients),
+    "grouped_mm": _grouped_mm,
+    "padded_bmm": _padded_bmm,
     "megatron_sequential": megatron,
     "deepspeed_moe": deepspeed,
     "torchtitan_bf16": torchtitan,
 }
+GPU_PEERS: dict[str, Builder] = {
+    "transformers_qwen3_grouped_mm": qwen3,
+    "transformers_glm4_grouped_mm": glm4,
+    "torchtitan_bf16": torchtitan,
+    "sonic_moe": sonic,
+    "padded_bmm": _padded_bmm,
+}
+"""Loops over experts are left out: what they cost on a GPU is their launches."""

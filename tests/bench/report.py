@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ AT_MOST = {
     "hooks/frozen": 1.01,
     "hooks/two_pass": 1.35,
     "collectives/extra": 2,
+    "host_waits/step": 1,
     "engine/zero_0": 1.05,
     "engine/zero_1": 1.12,
     "engine/zero_2": 1.15,
@@ -40,7 +42,10 @@ AT_MOST = {
     "loss_head/time_ratio_wide": 1.1,
 }
 
-VERSIONED = ("torch", "transformers", "deepspeed", "megatron-core", "tokenizers", "torchtitan", "datatrove")
+VERSIONED = (
+    "torch", "triton", "transformers", "deepspeed", "megatron-core", "tokenizers", "torchtitan", "datatrove",
+    "liger-kernel", "cut-cross-entropy", "sonic-moe", "quack-kernels",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -54,9 +59,11 @@ class Row(NamedTuple):
 class Report:
     """Collects figures, in the order they are to be shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_least: Mapping[str, float] = AT_LEAST, at_most: Mapping[str, float] = AT_MOST) -> None:
         self.rows: dict[str, Row] = {}
-        self._not_run: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        """Figures there are none of, and why."""
+        self._at_least, self._at_most = at_least, at_most
 
     def add(self, key: str, median: float, minimum: float | None = None, *, note: str = "") -> None:
         """A ratio of medians, and of minima if it comes from times."""
@@ -65,7 +72,13 @@ class Report:
     def not_run(self, key: str, reason: object) -> None:
         """A figure there is none of, and why."""
         kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
-        self._not_run[key] = (kind + str(reason)).splitlines()[0][:100]
+        self.missing[key] = "not run: " + (kind + str(reason)).splitlines()[0][:100]
+
+    def not_measured(self) -> None:
+        """Say so of every figure with a target that nobody has spoken of."""
+        for key in [*self._at_least, *self._at_most]:
+            if key not in self.rows and key not in self.missing:
+                self.missing[key] = "not measured"
 
     def write(self, path: Path) -> None:
         """The flat object of ratios of medians."""
@@ -76,30 +89,38 @@ class Report:
         """Every figure beside its target; misses are marked."""
         loop = "compiled" if native.available() else "plain torch"
         found = ", ".join(f"{name} {version}" for name, version in versions().items())
-        table = Table(
+        console.print(hardware())
+        self.print_table(
+            console,
             title="ratios on this machine; CPU time on one thread, data: wall clock",
             caption=f"{found}\nCPU experts: {loop}",
         )
+
+    def print_table(self, console: Console, *, title: str, caption: str) -> None:
+        """The figures alone; what they were measured on is the caller's to say."""
+        table = Table(title=title, caption=caption)
         table.add_column("key", no_wrap=True)
         for name in ("median", "minimum", "target"):
             table.add_column(name, justify="right")
         table.add_column("")
         for key, row in self.rows.items():
-            target, missed = _target(key, row.median)
-            minimum = "" if row.minimum is None else f"{row.minimum:.3f}"
-            table.add_row(key, f"{row.median:.3f}", minimum, target, f"MISS {row.note}" if missed else row.note)
-        for key, reason in self._not_run.items():
-            table.add_row(key, "", "", _target(key, 0)[0], f"not run: {reason}")
-        console.print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+            target, missed = self._target(key, row.median)
+            minimum = "" if row.minimum is None else _shown(row.minimum)
+            table.add_row(key, _shown(row.median), minimum, target, f"MISS {row.note}" if missed else row.note)
+        for key, reason in self.missing.items():
+            table.add_row(key, "", "", self._target(key, 0)[0], reason)
         console.print(table)
 
+    def _target(self, key: str, value: float) -> tuple[str, bool]:
+        if key in self._at_least:
+            return f">= {self._at_least[key]:g}", value < self._at_least[key]
+        if key in self._at_most:
+            return f"<= {self._at_most[key]:g}", value > self._at_most[key]
+        return "", False
 
-def _target(key: str, value: float) -> tuple[str, bool]:
-    if key in AT_LEAST:
-        return f">= {AT_LEAST[key]:g}", value < AT_LEAST[key]
-    if key in AT_MOST:
-        return f"<= {AT_MOST[key]:g}", value > AT_MOST[key]
-    return "", False
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def versions() -> dict[str, str]:

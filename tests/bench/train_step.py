@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +27,22 @@ from tests.bench import torchtitan_step
 from tests.bench.group import join_process_group
 from tests.bench.memory import memory_added
 from tests.bench.report import Report
-from tests.bench.timing import interleaved
-from tests.moe.test_bias_hook import run_of
+from tests.bench.steps import OurStep, StepShape, TransformersStep
+from tests.bench.timing import CPU, interleaved
 from tests.moe.test_parity import copy_weights
-from trainer.accumulate import Accumulator
-from trainer.data.loader import MicroBatch
-from trainer.engine import Engine, EngineConfig
-from trainer.hooks import HookList, StepResult
-from trainer.metrics import MetricBuffer
-from trainer.optim import OptimizerConfig, build_adamw
+from trainer.engine import EngineConfig
 
 VOCAB, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 4096, 256, 4, 2
-ENGINE = EngineConfig(zero_stage=1, precision="fp32")
-OURS = {"ours": ENGINE, "ours_zero_0": EngineConfig(zero_stage=0, precision="fp32")}
-OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 SHAPE = ModelConfig(
     hidden_size=256, num_layers=4, num_dense_layers=1, dense_intermediate_size=704, num_heads=8, num_kv_heads=4,
     head_dim=32, num_experts=16, top_k=2, expert_intermediate_size=256, num_shared_experts=1, router_score="sigmoid",
     normalize_gates=True, qk_norm=True, norm_eps=1e-5,
 )  # fmt: skip
+STEP = StepShape(
+    model=SHAPE, vocab_size=VOCAB, sequence=SEQUENCE, micro_batch=MICRO_BATCH, micro_batches=MICRO_BATCHES,
+    engine=EngineConfig(zero_stage=1, precision="fp32"), device=CPU,
+)  # fmt: skip
+OURS = {"ours": STEP, "ours_zero_0": replace(STEP, engine=EngineConfig(zero_stage=0, precision="fp32"))}
 TINY = replace(SHAPE, hidden_size=64, dense_intermediate_size=64, expert_intermediate_size=16, head_dim=8)
 PEERS = {"transformers": "ours", "torchtitan_fp32": "ours_zero_0", "torchtitan_bf16": "ours_zero_0"}
 """What each is compared with."""
@@ -72,7 +68,7 @@ def measure(report: Report, rounds: int = 3) -> None:
             report.not_run(f"train_step/peer/{name}", error)
             peers.pop(name, None)
     join_process_group()
-    steps = {name: _Ours(copy.deepcopy(ours), engine) for name, engine in OURS.items()}
+    steps = {name: start_ours(copy.deepcopy(ours), step) for name, step in OURS.items()}
     del ours
     times = interleaved(
         steps | {name: start_peer(name, model) for name, model in peers.items()}, rounds=rounds, warm_up=2
@@ -92,21 +88,7 @@ def build_peer(name: str, shape: ModelConfig) -> nn.Module:
     """A peer's model of a shape; ImportError where it is not installed."""
     if name != "transformers":
         return torchtitan_step.build_model(shape, VOCAB, SEQUENCE, fp32=name == "torchtitan_fp32")
-    import transformers
-
-    return transformers.Glm4MoeForCausalLM(
-        transformers.Glm4MoeConfig(
-            vocab_size=VOCAB, hidden_size=shape.hidden_size, intermediate_size=shape.dense_intermediate_size,
-            num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, partial_rotary_factor=1.0,
-            rms_norm_eps=shape.norm_eps, attention_bias=False, use_qk_norm=True, n_routed_experts=shape.num_experts,
-            num_experts_per_tok=shape.top_k, moe_intermediate_size=shape.expert_intermediate_size,
-            n_shared_experts=shape.num_shared_experts, first_k_dense_replace=shape.num_dense_layers, n_group=1,
-            topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=True, tie_word_embeddings=False,
-            max_position_embeddings=SEQUENCE, experts_implementation="grouped_mm", attn_implementation="sdpa",
-            use_cache=False, rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        )
-    )  # fmt: skip
+    return replace(STEP, model=shape).build_transformers()
 
 
 def share_weights(name: str, ours: MoEDecoder, theirs: nn.Module) -> None:
@@ -119,7 +101,7 @@ def share_weights(name: str, ours: MoEDecoder, theirs: nn.Module) -> None:
 
 def check(name: str, ours: MoEDecoder, theirs: nn.Module) -> None:
     """AssertionError unless the first micro-batch has the same loss and the same gradient in both."""
-    batch = _batches(0)[0]
+    batch = STEP.batches(0)[0]
     found = ours(batch.tokens_bT, batch.labels_bT, batch.documents_bT).mean()
     if name == "transformers":
         expected = theirs(input_ids=batch.tokens_bT, labels=batch.labels_bT, shift_labels=batch.labels_bT).loss
@@ -162,84 +144,17 @@ def _gradients_as_weights(model: nn.Module) -> Iterator[None]:
             parameter.data, parameter.grad = weight, None
 
 
+def start_ours(model: MoEDecoder, shape: StepShape) -> OurStep:
+    """A step of our loop with the bias hook."""
+    return OurStep(OurStep.start_engine(model, shape), shape, {"expert_bias": ExpertBiasHook(ExpertBiasConfig())})
+
+
 def start_peer(name: str, model: nn.Module) -> Step:
     """A function that trains one step."""
     if name == "transformers":
-        return _Transformers(model)
-    step, count = torchtitan_step.TorchtitanStep(model, OPTIMIZER), iter(range(10**9))
-    return lambda: step(_batches(next(count)))
-
-
-def _batches(step: int) -> list[MicroBatch]:
-    """The micro-batches of a step, the same for all."""
-    generator = torch.Generator().manual_seed(step)
-    found = []
-    for m in range(MICRO_BATCHES):
-        tokens_bT = torch.randint(0, VOCAB, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
-        ids_b = torch.arange(MICRO_BATCH) + MICRO_BATCH * (m + MICRO_BATCHES * step)
-        zeros_b = torch.zeros_like(ids_b)
-        found.append(
-            MicroBatch(
-                tokens_bT=tokens_bT[:, :-1].contiguous(), labels_bT=tokens_bT[:, 1:].contiguous(),
-                documents_bT=torch.zeros(MICRO_BATCH, SEQUENCE, dtype=torch.int64), sample_ids_b=ids_b,
-                domains_b=zeros_b, digests_b=zeros_b,
-            )
-        )  # fmt: skip
-    return found
-
-
-class _Ours:
-    """A step of our loop with the bias hook."""
-
-    def __init__(self, model: MoEDecoder, engine: EngineConfig) -> None:
-        optimizer = build_adamw(model, OPTIMIZER, torch.device("cpu"))
-        self._engine = Engine(
-            model, optimizer, engine, micro_batch_size=MICRO_BATCH, clip_norm=OPTIMIZER.clip_norm
-        )  # fmt: skip
-        self._hooks = HookList({"expert_bias": ExpertBiasHook(ExpertBiasConfig())})
-        self._hooks.on_start(run_of(model))
-        self._accumulator = Accumulator(
-            self._engine, self._hooks, mode="streaming", normalization="tokens", num_micro_batches=MICRO_BATCHES,
-            samples_per_row=1, device=torch.device("cpu"),
-        )  # fmt: skip
-        self._count = 0
-
-    def __call__(self) -> float:
-        buffer = MetricBuffer()
-        done = self._accumulator.run(
-            _batches(self._count), step=self._count + 1, applied_steps=self._count, recorder=buffer
-        )
-        self._engine.step(OPTIMIZER.learning_rate, done.gradient_scale)
-        self._hooks.after_step(done.context, StepResult(applied=True, reason=""))
-        self._count += 1
-        assert done.loss is not None
-        return done.loss
-
-
-class _Transformers:
-    """A step of transformers' model under DeepSpeed, as its documentation has it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        import deepspeed
-
-        settings: dict[str, Any] = ENGINE.deepspeed_dict(micro_batch_size=MICRO_BATCH, clip_norm=OPTIMIZER.clip_norm)
-        settings["gradient_accumulation_steps"] = MICRO_BATCHES
-        optimizer = build_adamw(model, OPTIMIZER, torch.device("cpu"))
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
-        self._engine.train()
-        self._count = 0
-
-    def __call__(self) -> float:
-        losses = []
-        for batch in _batches(self._count):
-            loss = self._engine(input_ids=batch.tokens_bT, labels=batch.labels_bT, shift_labels=batch.labels_bT).loss
-            self._engine.backward(loss)
-            self._engine.step()
-            losses.append(loss.detach())
-        self._count += 1
-        return float(torch.stack(losses).mean())
+        return TransformersStep(model, STEP)
+    step, count = torchtitan_step.TorchtitanStep(model, STEP.optimizer), iter(range(10**9))
+    return lambda: step(STEP.batches(next(count)))
 
 
 def _measure_memory(report: Report) -> None:
@@ -265,7 +180,7 @@ def _two_steps(name: str, shape: ModelConfig) -> None:
     """From nothing to the end of a second step: the first makes the optimizer's states."""
     torch.manual_seed(0)
     if name in OURS:
-        step: Step = _Ours(MoEDecoder(shape, vocab_size=VOCAB), OURS[name])
+        step: Step = start_ours(MoEDecoder(shape, vocab_size=VOCAB), OURS[name])
     else:
         model = build_peer(name, shape)
         for parameter in model.parameters():

@@ -73,6 +73,17 @@ def test_steps_are_the_same_for_any_ranks_workers_and_micro_batches(data_config:
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same(data_config: DataConfig, workers: int) -> None:
+    """What the trainer asks for on CUDA; without a GPU nothing is pinned, but batches take the same way."""
+    corpus = opened(data_config, phases=PHASES)
+    plain = loader_of(corpus, workers=0).batches(1)
+    pinned = loader_of(corpus, workers=workers, pin_memory=True).batches(1)
+    for _ in range(3):
+        for expected, found in zip(next(plain), next(pinned), strict=True):
+            assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("prefetch_steps", [1, 3])
 @pytest.mark.parametrize("workers", [0, 1, 5])
 def test_nothing_is_asked_for_further_ahead_than_allowed(

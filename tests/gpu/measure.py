@@ -2,7 +2,6 @@
 
 import statistics
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from configs.loader import load_run_config
 from launch._corpus import open_corpus
 from launch._run_folder import RunFolder
 from launch.train import train
+from tests.gpu.host_syncs import HostSyncs
 from tests.harness import rows
 from trainer import ranks
 from trainer.loop import StopSignal
@@ -27,12 +27,8 @@ if __name__ == "__main__":
     config = load_run_config(sys.argv[1], overrides, world_size=ranks.world_size())
     corpus = open_corpus(config)
     start_process_group(60)
-    with warnings.catch_warnings(record=True) as caught, RunFolder(Path(config.folder), config):
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("warn")
+    with HostSyncs() as syncs, RunFolder(Path(config.folder), config):
         train(config, corpus, Path(config.folder), StopSignal())
-    syncs = sum("synchroniz" in str(warning.message) for warning in caught)
     training = [row for row in rows(Path(config.folder)) if "loss" in row][WARMUP:]
 
     def median(key: str) -> str:
@@ -41,7 +37,7 @@ if __name__ == "__main__":
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     sys.stdout.write(
-        f"{device}: {median('tokens_per_s')} tokens/s, MFU {median('mfu')}, {syncs / STEPS:.1f} host syncs a step "
-        f"(start, end and evaluation included), loss {training[0]['loss']:.3f} -> {training[-1]['loss']:.3f}\n"
+        f"{device}: {median('tokens_per_s')} tokens/s, MFU {median('mfu')}, {syncs.count / STEPS:.1f} host syncs a "
+        f"step (start, end and evaluation included), loss {training[0]['loss']:.3f} -> {training[-1]['loss']:.3f}\n"
     )
     stop_process_group()
