@@ -17,7 +17,8 @@ from tests.moe.test_bias_hook import run_of
 from tests.moe.test_parity import copy_weights
 from trainer.accumulate import Accumulator
 from trainer.data.loader import MicroBatch
-from trainer.engine import Engine, EngineConfig
+from trainer.engine import Engine
+from trainer.engine_config import EngineConfig
 from trainer.hooks import HookList, StepResult
 from trainer.metrics import MetricBuffer
 from trainer.optim import OptimizerConfig, build_adamw
