@@ -3,7 +3,7 @@
 What nothing refers to any more is freed at once, by counting references; the collector only finds what refers to itself
 in a circle. Left alone it starts when enough objects were made, at another moment on every rank, and the rank it stops
 is waited for by all others in the next collective. So it is off while the loop trains, and called where no rank is
-ahead: for young objects every few steps, for all of them where the run pauses anyway, and now and then if it never does.
+ahead: for young objects every few steps, for all of them where the run pauses anyway, and now and then if it does not.
 """
 
 import gc
