@@ -11,6 +11,7 @@ from launch._states import model_state_bytes
 from launch._step_terms import Constants, Layout, Prediction, Software
 from moe.arithmetic import activation_bytes, count_parameters
 from moe.loss_head import tile_size
+from trainer.engine_choices import zero_table
 
 USABLE = 0.92
 """Of a GPU's memory; the rest is lost between the allocator's blocks (our assumption)."""
@@ -145,7 +146,10 @@ def _memory(config: RunConfig, vocab_size: int, cluster: Cluster) -> tuple[float
     routed = count.total["routed experts"]
     states = sum(model_state_bytes(engine, count.num_total - routed, routed, cluster.gpus).values())
     low = 2 if engine.precision == "bf16" else 4
-    buckets = 2 * low * engine.bucket_elements if engine.zero_stage else 0
+    buckets = 0.0
+    if engine.zero_stage and not engine.reduces_flat_buffers:
+        local = count.num_total - routed + routed / engine.expert_parallel_size
+        buckets = 2 * low * zero_table(engine, int(local), cluster.gpus)["reduce_bucket_size"]
     gathered = 0.0
     if engine.zero_stage == 3:  # the block at work and the one that is fetched ahead
         gathered = 2 * low * (count.num_total - count.total["embedding"]) / len(model.block_experts)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer import deepspeed_door, ranks
+from trainer.engine_choices import zero_table
 from trainer.engine_config import EngineConfig
 from trainer.engine_state import OptimizerView
 
@@ -50,7 +51,11 @@ class Engine:
         self.config = config
         self._clip_norm = clip_norm
         self._optimizer = optimizer
-        table = config.deepspeed_dict(micro_batch_size=micro_batch_size, clip_norm=clip_norm)
+        table = config.deepspeed_dict(
+            micro_batch_size=micro_batch_size,
+            clip_norm=clip_norm,
+            zero_table=zero_table(config, sum(p.numel() for p in model.parameters()), ranks.world_size()),
+        )
         if config.expert_parallel_size > 1:
             self._engine, group = deepspeed_door.initialize_with_experts(
                 model, optimizer, table, config.expert_parallel_size
@@ -62,6 +67,9 @@ class Engine:
             self.module.join_sequence_group(  # type: ignore[operator]
                 _consecutive_ranks(config.sequence_parallel_size, dist.group.WORLD)
             )
+        self._reduces = config.zero_stage > 0 or ranks.world_size() > 1
+        # One rank has the whole gradient: DeepSpeed would copy it together, send it to nobody and copy it back.
+        self._engine.enable_backward_allreduce = self._reduces
         self.state = OptimizerView(self.module, self._engine.optimizer, config.zero_stage)
         self.state.forget_first_step()
 
@@ -87,6 +95,14 @@ class Engine:
         # DeepSpeed averages over ranks, while our shares add up to the objective: also those of a sequence group, whose
         # ranks know the same objective but send its gradient through their own tokens only.
         self._engine.backward(objective * ranks.world_size(), scale_wrt_gas=False)
+        if last and not self._reduces:
+            self._complete_gradients()
+
+    def _complete_gradients(self) -> None:
+        """Zeros for parameters that had no part in the loss, as reduction leaves them: Adam decays these too."""
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self, learning_rate: float, gradient_scale: Tensor | None = None) -> EngineStep:
         """Clip and update, or skip if the gradient is not finite: then parameters and optimizer are untouched.

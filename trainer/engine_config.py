@@ -1,6 +1,7 @@
 """How DeepSpeed runs the model: the settings, what contradicts what, and the dictionary DeepSpeed is given.
 
-The dictionary is generated from `EngineConfig`, because DeepSpeed ignores unknown top-level keys in it silently.
+The dictionary is generated from `EngineConfig`, because DeepSpeed ignores unknown top-level keys in it silently. What
+is left open here is chosen in trainer/engine_choices.py.
 """
 
 import math
@@ -9,7 +10,17 @@ from typing import Any, Literal
 
 from trainer import deepspeed_door, ranks
 
-_OWNED_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "offload_param", "offload_optimizer"}
+_REFUSED_ZERO_KEYS = {
+    **dict.fromkeys(
+        ("stage", "reduce_bucket_size", "offload_param", "offload_optimizer"),
+        "is set by another field of engine; remove it",
+    ),
+    "allgather_bucket_size": "has no effect: torch gathers a group of parameters in one collective; remove it",
+}
+_ROUND_ROBIN = (
+    "zero_options.round_robin_gradients: DeepSpeed would deal parameters to ranks in another order than it says, and a "
+    "checkpoint would hold Adam's numbers under wrong names; remove it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +39,9 @@ class EngineConfig:
     """Ranks that share the tokens of a row (Ulysses); consecutive ranks form a group."""
     offload_optimizer: bool = False
     """Keep master weights and Adam's moments in the host's memory, and step there."""
-    bucket_elements: int = 50_000_000
-    """Gradient elements reduced, and parameter elements gathered, in one collective."""
+    bucket_elements: int = 0
+    """Gradient elements reduced in one collective; 0 chooses by the model and the number of ranks, and
+    `launch.dryrun` says what and why."""
     collective_timeout_s: float = 600.0
     """Seconds a collective waits for a silent rank before the run ends with exit code 5."""
     zero_options: dict[str, Any] = field(default_factory=dict)
@@ -61,8 +73,8 @@ class EngineConfig:
             found.append(f"sequence_parallel_size: {self.sequence_parallel_size} must be at least 1")
         if self.offload_optimizer and self.zero_stage == 0:
             found.append("offload_optimizer: DeepSpeed has no offload at zero_stage 0; use stage 1, 2 or 3")
-        if self.bucket_elements < 1:
-            found.append(f"bucket_elements: {self.bucket_elements} must be at least 1")
+        if self.bucket_elements < 0:
+            found.append(f"bucket_elements: {self.bucket_elements} is negative; use 0 to have it chosen")
         if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
             found.append(f"collective_timeout_s: {self.collective_timeout_s} must be a positive number of seconds")
         if self.zero_options:
@@ -70,10 +82,20 @@ class EngineConfig:
         return found
 
     def _zero_option_problems(self) -> list[str]:
-        owned = sorted(_OWNED_ZERO_KEYS & self.zero_options.keys())
-        if owned:
-            return [f"zero_options.{key}: is set by another field of engine; remove it" for key in owned]
-        return [f"zero_options.{line}" for line in deepspeed_door.zero_option_problems(self.zero_options)]
+        refused = sorted(_REFUSED_ZERO_KEYS.keys() & self.zero_options.keys())
+        if refused:
+            return [f"zero_options.{key}: {_REFUSED_ZERO_KEYS[key]}" for key in refused]
+        found = [f"zero_options.{line}" for line in deepspeed_door.zero_option_problems(self.zero_options)]
+        if self.zero_options.get("round_robin_gradients"):
+            found.append(_ROUND_ROBIN)
+        if self.expert_parallel_size > 1:
+            found += [
+                f"zero_options.{key}: with expert_parallel_size above 1 DeepSpeed would reduce experts over ranks that "
+                "hold others; remove it"
+                for key in ("contiguous_gradients", "reduce_scatter")
+                if self.zero_options.get(key) is False
+            ]
+        return found
 
     @property
     def accumulation_dtype(self) -> str:
@@ -82,8 +104,18 @@ class EngineConfig:
             return self.grad_accumulation
         return "bf16" if self.precision == "bf16" and self.zero_stage == 0 else "fp32"
 
-    def deepspeed_dict(self, *, micro_batch_size: int, clip_norm: float) -> dict[str, Any]:
-        """The configuration DeepSpeed is given, complete."""
+    @property
+    def reduces_flat_buffers(self) -> bool:
+        """Whether DeepSpeed's bf16 optimizer is at work, which keeps all gradients in flat float32 buffers."""
+        return (
+            self.precision == "bf16"
+            and self.zero_stage == 1
+            and self.accumulation_dtype == "fp32"
+            and not self.offload_optimizer
+        )
+
+    def deepspeed_dict(self, *, micro_batch_size: int, clip_norm: float, zero_table: dict[str, Any]) -> dict[str, Any]:
+        """The configuration DeepSpeed is given, complete; `zero_table` is that of trainer/engine_choices.py."""
         return {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": 1,
@@ -93,18 +125,15 @@ class EngineConfig:
             "zero_allow_untested_optimizer": True,
             # torch's fused AdamW has a vectorised kernel for host tensors: the same numbers, and nothing to compile.
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "reduce_bucket_size": self.bucket_elements,
-                "allgather_bucket_size": self.bucket_elements,
-                **self._offload_table,
-                **self.zero_options,
-            },
+            "zero_optimization": zero_table,
             "steps_per_print": None,
+            # It would wait for the device at the start of every forward and the end of every step.
+            "timers": {"throughput": {"enabled": False}},
         }
 
     @property
-    def _offload_table(self) -> dict[str, Any]:
+    def offload_table(self) -> dict[str, Any]:
+        """The part of DeepSpeed's `zero_optimization` table about offload."""
         if not self.offload_optimizer:
             return {}
         # Memory can be pinned only where there is a device to copy it to.

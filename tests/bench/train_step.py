@@ -18,6 +18,7 @@ from tests.moe.test_parity import copy_weights
 from trainer.accumulate import Accumulator
 from trainer.data.loader import MicroBatch
 from trainer.engine import Engine
+from trainer.engine_choices import zero_table
 from trainer.engine_config import EngineConfig
 from trainer.hooks import HookList, StepResult
 from trainer.metrics import MetricBuffer
@@ -118,7 +119,10 @@ class _Theirs:
     def __init__(self, model: torch.nn.Module) -> None:
         import deepspeed
 
-        settings = ENGINE.deepspeed_dict(micro_batch_size=MICRO_BATCH, clip_norm=OPTIMIZER.clip_norm)
+        table = zero_table(ENGINE, sum(p.numel() for p in model.parameters()), world_size=1)
+        settings = ENGINE.deepspeed_dict(
+            micro_batch_size=MICRO_BATCH, clip_norm=OPTIMIZER.clip_norm, zero_table=table
+        )  # fmt: skip
         settings["gradient_accumulation_steps"] = MICRO_BATCHES
         optimizer = build_adamw(model, OPTIMIZER, torch.device("cpu"))
         self._engine, *_ = deepspeed.initialize(
