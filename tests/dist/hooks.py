@@ -93,7 +93,7 @@ class _Circle:
 class Circles(Hook):
     """Leaves an object that refers to itself behind in every step, and records how many of them are still there.
 
-    Also how often Python has collected garbage so far, on the rank where it was most and on the one where it was least.
+    Also how often Python has collected garbage since the step before, on the ranks with most and with fewest.
     """
 
     def on_start(self, run: RunContext) -> None:
@@ -108,6 +108,7 @@ class Circles(Hook):
         step.record("test/circles", len(self._alive), "max")
         step.record("test/most_collections", self._collections, "max")
         step.record("test/fewest_collections", -self._collections, "max")
+        self._collections = 0
 
     def on_stop(self, reason: StopReason) -> None:
         gc.callbacks.remove(self._count)
