@@ -81,8 +81,7 @@ def weigh(config: RunConfig, vocab_size: int, cluster: Cluster, constants: Const
         expert=engine.expert_parallel_size,
         recompute=model.activation_recompute,
         extra_forwards=extra,
-        # DeepSpeed reduces in the type of the parameters from stage 2 on, and what it accumulated in below it.
-        gradient_bytes=4 if engine.precision == "fp32" or engine.zero_stage == 1 else 2,
+        gradient_bytes=4 if engine.reduction_dtype == "fp32" else 2,
         tiled_head=tile_size(model.loss_tile, train.micro_batch_size * train.sequence_length, vocab_size) < vocab_size,
         max_violation=cluster.max_violation,
         software=cluster.software,

@@ -70,6 +70,7 @@ BAD_VALUES = {
     "engine.sequence_parallel_size=2": "sequence_parallel_size: 2 does not divide the number of ranks (1)",
     "engine.offload_optimizer=true": "offload_optimizer: DeepSpeed has no offload at zero_stage 0",
     "engine.zero_options.round_robin_gradients=true": "Adam's numbers under wrong names",
+    "engine.reduce_dtype=bf16": "bf16 with precision fp32",
     "engine.bucket_elements=-1": "bucket_elements: -1 is negative",
     "engine.zero_options.offload_optimizer.device=cpu": "offload_optimizer: is set by another field of engine",
     "hooks.expert_bias.rate=-1": "rate: -1.0 must be finite and not negative",
