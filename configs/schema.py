@@ -6,7 +6,7 @@ from typing import Any
 from moe.config import ModelConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.config import DataConfig
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 from trainer.evaluate import EvaluationConfig
 from trainer.health import HealthConfig
 from trainer.loop import TrainConfig

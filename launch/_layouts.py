@@ -11,6 +11,7 @@ from launch._states import model_state_bytes
 from launch._step_terms import Constants, Layout, Prediction, Software
 from moe.arithmetic import activation_bytes, count_parameters
 from moe.loss_head import tile_size
+from trainer.engine_choices import zero_table
 
 USABLE = 0.92
 """Of a GPU's memory; the rest is lost between the allocator's blocks (our assumption)."""
@@ -80,8 +81,7 @@ def weigh(config: RunConfig, vocab_size: int, cluster: Cluster, constants: Const
         expert=engine.expert_parallel_size,
         recompute=model.activation_recompute,
         extra_forwards=extra,
-        # DeepSpeed reduces in the type of the parameters from stage 2 on, and what it accumulated in below it.
-        gradient_bytes=4 if engine.precision == "fp32" or engine.zero_stage == 1 else 2,
+        gradient_bytes=4 if engine.reduction_dtype == "fp32" else 2,
         tiled_head=tile_size(model.loss_tile, train.micro_batch_size * train.sequence_length, vocab_size) < vocab_size,
         max_violation=cluster.max_violation,
         software=cluster.software,
@@ -145,7 +145,10 @@ def _memory(config: RunConfig, vocab_size: int, cluster: Cluster) -> tuple[float
     routed = count.total["routed experts"]
     states = sum(model_state_bytes(engine, count.num_total - routed, routed, cluster.gpus).values())
     low = 2 if engine.precision == "bf16" else 4
-    buckets = 2 * low * engine.bucket_elements if engine.zero_stage else 0
+    buckets = 0.0
+    if engine.zero_stage and not engine.reduces_flat_buffers:
+        local = count.num_total - routed + routed / engine.expert_parallel_size
+        buckets = 2 * low * zero_table(engine, int(local), cluster.gpus)["reduce_bucket_size"]
     gathered = 0.0
     if engine.zero_stage == 3:  # the block at work and the one that is fetched ahead
         gathered = 2 * low * (count.num_total - count.total["embedding"]) / len(model.block_experts)

@@ -1,6 +1,6 @@
 """Bytes of model state on one rank, by ZeRO stage."""
 
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 
 
 def model_state_bytes(engine: EngineConfig, num_dense: int, num_routed: int, world_size: int) -> dict[str, float]:

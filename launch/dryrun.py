@@ -1,7 +1,8 @@
 """What a run would take, without a GPU: `python -m launch.dryrun configs/deepseekmoe-1b.yaml --world-size 64`.
 
 Checks the configuration for that number of ranks and prints parameters, bytes a rank by component for each ZeRO
-stage, and the arithmetic of the batch. Nothing is built; exit code 2 with every problem if the layout is refused.
+stage, what is chosen for DeepSpeed and why, and the arithmetic of the batch. Nothing is built; exit code 2 with every
+problem if the layout is refused.
 
 With --predict also what a step would take on GPUs (launch/PREDICTION.md): its parts, the layouts that fit and the
 fastest of them, and which assumption matters most:
@@ -27,6 +28,7 @@ from launch._foretell import add_options, cluster_of, foretold_ranks, published,
 from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters, flops_per_token
 from trainer.data.prepare import read_manifest
+from trainer.engine_choices import choices
 from trainer.errors import ConfigError
 
 
@@ -60,6 +62,7 @@ def main(argv: list[str]) -> int:
         foretold = tables(config, vocab_size, cluster)
     console.print(_parameters(config, vocab_size))
     console.print(_memory(config, vocab_size, world_size))
+    console.print(_engine(config, vocab_size, world_size))
     console.print(_batch(config, vocab_size, world_size))
     for table in foretold if arguments.predict else ():
         console.print(table)
@@ -125,6 +128,19 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
     refused = [f"{name}: {state}" for name, state in stages.items() if isinstance(state, str)]
     offloaded = ["master weights and Adam moments lie in the host's memory"] * config.engine.offload_optimizer
     table.caption = "\n".join(["* as configured", *offloaded, *refused])
+    return table
+
+
+def _engine(config: RunConfig, vocab_size: int, world_size: int) -> Table:
+    count = count_parameters(config.model, vocab_size)
+    routed = count.total["routed experts"]
+    local = count.num_total - routed + routed // config.engine.expert_parallel_size
+    table = Table(title=f"engine (DeepSpeed, ZeRO {config.engine.zero_stage})")
+    table.add_column("choice")
+    table.add_column("value", justify="right")
+    table.add_column("because")
+    for choice in choices(config.engine, local, world_size):
+        table.add_row(*choice)
     return table
 
 

@@ -182,7 +182,7 @@ class CheckpointStore:
         manifest = json.loads((folder / MANIFEST).read_text())
         self._refuse_foreign(folder, manifest)
         load_weights(engine.module, folder / WEIGHTS, partial(engine.whole, write=True))
-        engine.clock = read_fragments(folder, engine.fragments())
+        engine.state.clock = read_fragments(folder, engine.state.fragments())
         state, hook_states = read_states(folder)
         notes = hooks.load_state_dict(hook_states)
         if manifest["ranks"] != ranks.world_size():

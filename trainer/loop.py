@@ -12,6 +12,7 @@ Decisions:
   optimizer and hooks return (trainer/spikes.py).
 - A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
+- Python's garbage is collected after a step, at the same ones on every rank (trainer/garbage.py).
 """
 
 import logging
@@ -34,6 +35,7 @@ from trainer.data.online import OnlinePlan
 from trainer.engine import Engine
 from trainer.errors import NumericError
 from trainer.evaluate import EvaluationConfig, evaluate
+from trainer.garbage import StepGarbage
 from trainer.global_batch import Signals
 from trainer.hooks import EvaluationContext, HookList, PhaseContext, RunContext, StepResult, StopReason
 from trainer.metrics import MetricBuffer
@@ -175,8 +177,8 @@ class Trainer:
             if self.state.step == 0:
                 self._evaluate()
                 self._change_sampling()
-            with closing(self.loader.batches(self.state.step)) as batches:
-                reason = self._steps(batches)
+            with closing(self.loader.batches(self.state.step)) as batches, StepGarbage() as garbage:
+                reason = self._steps(batches, garbage)
             return reason
         finally:
             restore_signal()
@@ -186,7 +188,7 @@ class Trainer:
             self.hooks.on_stop(reason)
             self.profiler.close()
 
-    def _steps(self, batches: Iterator[list[MicroBatch]]) -> StopReason:
+    def _steps(self, batches: Iterator[list[MicroBatch]], garbage: StepGarbage) -> StopReason:
         state, config = self.state, self.config
         while state.step < config.steps:
             self.profiler.start_step(state.step + 1)
@@ -219,6 +221,7 @@ class Trainer:
                 self._evaluate()
             if saves and not rewinds:
                 self._save(wait=last)
+            garbage.after_step(state.step, paused=evaluates or saves or rewinds)
             if signals.stop and state.step < config.steps:
                 return "preempted"
         return "done"

@@ -41,7 +41,7 @@ def start_process_group(timeout_s: float) -> None:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on a launcher's variable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        from trainer.engine import adopt_process_group
+        from trainer.deepspeed_door import adopt_process_group
 
         adopt_process_group()
     _roll_call(timeout_s)

@@ -68,13 +68,13 @@ class Snapshot:
         """Copy the share of this rank. A collective: every rank calls it."""
         rank, size = ranks.rank(), ranks.world_size()
         replicated = engine.config.zero_stage == 0
-        fragments = (f.share(rank, size) if replicated else f for f in engine.fragments())
+        fragments = (f.share(rank, size) if replicated else f for f in engine.state.fragments())
         return cls(
             rank=rank,
             state=dataclasses.replace(state),
             fragments=[fragment.on_host() for fragment in fragments if fragment.start < fragment.stop],
-            sizes=engine.parameter_sizes(),
-            clock=engine.clock,
+            sizes=engine.state.parameter_sizes(),
+            clock=engine.state.clock,
             rng=_rng_state(),
             weights=whole_weights(engine.module, engine.whole, keep=rank == 0),
             hooks={name: (v, _copied(s)) for name, (v, s) in hooks.state_dict().items()} if rank == 0 else {},

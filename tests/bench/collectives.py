@@ -14,7 +14,7 @@ from tests.bench.report import Report
 from tests.moe.test_bias_hook import APPLIED, Records, run_of, step_of
 from trainer.accumulate import Accumulator
 from trainer.data.loader import MicroBatch
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 from trainer.hooks import HookList
 
 

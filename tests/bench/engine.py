@@ -14,7 +14,8 @@ from tests.bench.group import join_process_group
 from tests.bench.hooks import MODEL, VOCAB
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
-from trainer.engine import Engine, EngineConfig
+from trainer.engine import Engine
+from trainer.engine_config import EngineConfig
 from trainer.optim import OptimizerConfig, build_adamw
 
 STAGES = (0, 1, 2, 3)

@@ -13,7 +13,7 @@ from tests.bench.report import Report
 from tests.bench.steps import OurStep, StepShape
 from tests.bench.timing import CPU
 from tests.waits import DeviceWaits
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 
 STAGES = (0, 1, 2, 3)
 

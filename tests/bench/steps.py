@@ -16,7 +16,9 @@ from moe.model import MoEDecoder
 from tests.moe.test_bias_hook import APPLIED, Records
 from trainer.accumulate import AccumulatedStep, AccumulationMode, Accumulator
 from trainer.data.loader import MicroBatch
-from trainer.engine import Engine, EngineConfig
+from trainer.engine import Engine
+from trainer.engine_choices import zero_table
+from trainer.engine_config import EngineConfig
 from trainer.hooks import Hook, HookList, RunContext
 from trainer.optim import OptimizerConfig, build_adamw
 
@@ -161,8 +163,9 @@ class TransformersStep:
     def __init__(self, model: nn.Module, shape: StepShape) -> None:
         import deepspeed
 
+        table = zero_table(shape.engine, sum(p.numel() for p in model.parameters()), world_size=1)
         settings: dict[str, Any] = shape.engine.deepspeed_dict(
-            micro_batch_size=shape.micro_batch, clip_norm=shape.optimizer.clip_norm
+            micro_batch_size=shape.micro_batch, clip_norm=shape.optimizer.clip_norm, zero_table=table
         )
         settings["gradient_accumulation_steps"] = shape.micro_batches
         optimizer = build_adamw(model, shape.optimizer, shape.device)

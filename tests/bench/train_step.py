@@ -30,7 +30,7 @@ from tests.bench.report import Report
 from tests.bench.steps import OurStep, StepShape, TransformersStep
 from tests.bench.timing import CPU, interleaved
 from tests.moe.test_parity import copy_weights
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 
 VOCAB, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 4096, 256, 4, 2
 SHAPE = ModelConfig(

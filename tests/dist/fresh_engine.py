@@ -16,7 +16,7 @@ if __name__ == "__main__":
     worst = max(
         (fragment.weight - parameters[fragment.name].detach().flatten()[fragment.start : fragment.stop].float())
         .abs().max().item()
-        for fragment in engine.fragments()
+        for fragment in engine.state.fragments()
     )  # fmt: skip
-    print(engine.clock, worst)
+    print(engine.state.clock, worst)
     stop_process_group()

@@ -1,13 +1,15 @@
 """Hooks that break things on purpose, named in configs by dotted path."""
 
+import gc
 import time
-from typing import Literal
+import weakref
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer import ranks
-from trainer.hooks import Hook, RunContext, StepContext, StepResult
+from trainer.hooks import Hook, RunContext, StepContext, StepResult, StopReason
 
 
 class Poison(Hook):
@@ -82,3 +84,34 @@ class SilentError(Hook):
     def after_step(self, step: StepContext, result: StepResult) -> None:
         if step.step == self._step and ranks.rank() == self._rank:
             dict([*self._model.named_parameters(), *self._model.named_buffers()])[self._name].view(-1)[0] += 1e-6
+
+
+class _Circle:
+    itself: "_Circle"
+
+
+class Circles(Hook):
+    """Leaves an object that refers to itself behind in every step, and records how many of them are still there.
+
+    Also how often Python has collected garbage since the step before, on the ranks with most and with fewest.
+    """
+
+    def on_start(self, run: RunContext) -> None:
+        self._alive: weakref.WeakSet[_Circle] = weakref.WeakSet()
+        self._collections = 0
+        gc.callbacks.append(self._count)
+
+    def after_step(self, step: StepContext, result: StepResult) -> None:
+        circle = _Circle()
+        circle.itself = circle
+        self._alive.add(circle)
+        step.record("test/circles", len(self._alive), "max")
+        step.record("test/most_collections", self._collections, "max")
+        step.record("test/fewest_collections", -self._collections, "max")
+        self._collections = 0
+
+    def on_stop(self, reason: StopReason) -> None:
+        gc.callbacks.remove(self._count)
+
+    def _count(self, phase: str, about: dict[str, Any]) -> None:
+        self._collections += phase == "start"

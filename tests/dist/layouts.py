@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.loader import load_run_config
 from tests.dist.reference import Reference
 from tests.harness import ROOT, rows
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 from trainer.errors import ConfigError
 
 PAGE = ROOT / "trainer" / "LAYOUTS.md"

@@ -1,10 +1,12 @@
 """What a test changes in a training process before it starts, by name: things that no configuration can ask for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import trainer.memory
+from moe.model import MoEDecoder
 from trainer.data.corpus import IGNORED_LABEL, Rows, TokenCorpus
 
 MASKED_EVERY = 8  # samples of a step in the tests
@@ -48,6 +50,17 @@ def uneven_samples() -> None:
     TokenCorpus.train_batch = train_batch  # type: ignore[method-assign]
 
 
+def idle_parameter() -> None:
+    """The model has a matrix of ones that no loss depends on."""
+    original = MoEDecoder.__init__
+
+    def __init__(self: MoEDecoder, *args: Any, **settings: Any) -> None:
+        original(self, *args, **settings)
+        self.idle = torch.nn.Parameter(torch.ones(4, 4))
+
+    MoEDecoder.__init__ = __init__  # type: ignore[method-assign]
+
+
 SEAMS: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (no_free_memory, memory_for_two_more, masked_samples, uneven_samples)
+    each.__name__: each for each in (no_free_memory, memory_for_two_more, masked_samples, uneven_samples, idle_parameter)
 }

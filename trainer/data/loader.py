@@ -12,6 +12,7 @@ Decisions:
 Shape letters: b samples of a micro-batch, T sequence, W ranks, M micro-batches.
 """
 
+import gc
 import logging
 import re
 import signal
@@ -144,7 +145,7 @@ class TrainLoader:
                 # A generator of its own: by default it draws a seed from the global one, so that a run that opens
                 # the loader twice (once more after a crash) would see other dropout masks.
                 generator=torch.Generator(),
-                worker_init_fn=_leave_signals_to_the_trainer if num_workers else None,
+                worker_init_fn=_start_worker if num_workers else None,
                 prefetch_factor=self._ahead // num_workers if num_workers else None,
             )
         )
@@ -202,7 +203,8 @@ def _as_it_is(flat: Any) -> Any:
     return flat
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
+def _start_worker(worker_id: int) -> None:
+    gc.enable()  # off in the trainer, which collects between steps; a worker has none
     # A SIGTERM to the whole process group must not take the data away before the last step and its checkpoint.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from tests.bench.steps import OurStep, StepShape, TransformersStep
 from tests.bench.timing import Stopwatch, Timing, interleaved, stopwatch
 from tests.gpu.host_syncs import HostSyncs
 from tests.moe.test_parity import copy_weights
-from trainer.engine import EngineConfig
+from trainer.engine_config import EngineConfig
 from trainer.gpu_peaks import peak_flops
 from trainer.hooks import Hook
 
