@@ -47,18 +47,21 @@ def advice(config: RunConfig, world_size: int) -> str:
         steps.append("train.accumulation=auto (keeps only the graphs that fit)")
     if train.micro_batch_size > 1:
         steps.append(f"train.micro_batch_size={train.micro_batch_size // 2} (the same batch in more pieces)")
-    if model.activation_recompute == "none":
+    eager = " with model.compile=false" * model.compile
+    if model.activation_recompute == "none" and not model.compile:
         steps.append("model.activation_recompute=selective (activations a quarter to a half smaller, little more time)")
     if model.activation_recompute != "block":
         steps.append("model.activation_recompute=block (a quarter of the activations, about a third more time)")
     if world_size > 1 and engine.zero_stage < 2:
         steps.append("engine.zero_stage=2 (gradients and optimizer state shared by the ranks)")
     elif world_size > 1 and engine.zero_stage == 2 and engine.expert_parallel_size == 1:
-        steps.append("engine.zero_stage=3 (parameters shared too), or engine.expert_parallel_size above 1")
+        steps.append(f"engine.zero_stage=3{eager} (parameters shared too), or engine.expert_parallel_size above 1")
     if torch.cuda.is_available() and engine.zero_stage > 0 and not engine.offload_optimizer:
         steps.append("engine.offload_optimizer=true (Adam's numbers in the host's memory, slower steps)")
     if not steps:
-        steps.append("more ranks, engine.sequence_parallel_size above 1, or a smaller model or train.sequence_length")
+        steps.append(
+            f"more ranks, engine.sequence_parallel_size above 1{eager}, or a smaller model or train.sequence_length"
+        )
     return "try, in this order: " + ", ".join(steps)
 
 

@@ -42,6 +42,8 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 2, "engine.zero_stage=2"),
         (["train.micro_batch_size=1", "model.activation_recompute=block", "engine.zero_stage=2"], 2, "engine.zero_stage=3"),  # noqa: E501
         (["train.micro_batch_size=1", "model.activation_recompute=block"], 1, "more ranks"),
+        (["train.micro_batch_size=1", "model.compile=true"], 2, "model.activation_recompute=block"),
+        (["train.micro_batch_size=1", "model.compile=true", "model.activation_recompute=block", "engine.zero_stage=2"], 2, "engine.zero_stage=3 with model.compile=false"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_advice_names_what_is_not_yet_done(overrides: list[str], ranks: int, first: str) -> None:
