@@ -71,7 +71,14 @@ def _is_copied(data: Any, *, device: torch.device | None = None, **_: Any) -> bo
 
 
 def _place() -> str:
-    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
-    own = [frame for frame in frames if "tests" not in Path(frame.filename).relative_to(ROOT).parts[:1]] or frames
-    own = [frame for frame in own if ".venv" not in frame.filename]
-    return f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}"
+    paths = [
+        (Path(frame.filename).relative_to(ROOT), frame.lineno)
+        for frame in traceback.extract_stack()
+        if Path(frame.filename).is_relative_to(ROOT)
+    ]
+    here = [
+        (path, line) for path, line in paths if not path.parts[0].startswith(".")
+    ]  # what is installed may lie there
+    tested = [(path, line) for path, line in here if path.parts[0] != "tests"]
+    path, line = (tested or here)[-1]
+    return f"{path}:{line}"
