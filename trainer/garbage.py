@@ -22,6 +22,7 @@ class StepGarbage:
         self._was_enabled = gc.isenabled()
         gc.disable()
         gc.collect()
+        gc.freeze()  # what is here now stays: modules, model, data; looking at it would take most of a full collection
         return self
 
     def after_step(self, step: int, *, paused: bool) -> None:
@@ -34,5 +35,6 @@ class StepGarbage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gc.unfreeze()
         if self._was_enabled:
             gc.enable()

@@ -33,8 +33,10 @@ def test_the_collector_is_given_back_as_it_was_found_even_by_an_error(enabled: b
     try:
         with contextlib.suppress(RuntimeError), StepGarbage():
             assert not gc.isenabled()
+            assert gc.get_freeze_count() > 1000
             raise RuntimeError
         assert gc.isenabled() == enabled
+        assert gc.get_freeze_count() == 0
     finally:
         (gc.enable if was_enabled else gc.disable)()
 
