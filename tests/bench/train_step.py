@@ -12,6 +12,7 @@ and optimizer states included, and the peak of the whole process.
 
 import contextlib
 import copy
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -159,18 +160,23 @@ def start_peer(name: str, model: nn.Module) -> Step:
 
 def _measure_memory(report: Report) -> None:
     """What ours adds over what a peer adds, each in its own process, the allocator as it comes; the worst counts."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.train_step", name], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in (*OURS, *PEERS) if not name.endswith("bf16")
+    }  # fmt: skip  # all at once: nothing is timed here
     added, ratios = dict[str, float](), dict[str, float]()
-    for name in (*OURS, *PEERS):
-        if name.endswith("bf16"):
+    for name, process in processes.items():
+        said, complaints = process.communicate()
+        if process.returncode:
+            report.not_run(f"train_step/memory/{name}", complaints.strip().splitlines()[-1])
             continue
-        done = subprocess.run([sys.executable, "-m", "tests.bench.train_step", name], capture_output=True, text=True)
-        if done.returncode:
-            report.not_run(f"train_step/memory/{name}", done.stderr.strip().splitlines()[-1])
-        else:
-            added[name], whole = map(float, done.stdout.split()[-2:])
-            report.add(f"train_step/memory/{name}", added[name], note=f"MiB added; whole process {whole:.0f}")
-            if (mine := PEERS.get(name)) in added:
-                ratios[name] = added[mine] / added[name]
+        added[name], whole = map(float, said.split()[-2:])
+        report.add(f"train_step/memory/{name}", added[name], note=f"MiB added; whole process {whole:.0f}")
+        if (mine := PEERS.get(name)) in added:
+            ratios[name] = added[mine] / added[name]
     if ratios:
         worst = max(ratios, key=ratios.__getitem__)
         report.add("train_step/memory_ratio", ratios[worst], note=f"{PEERS[worst]} over {worst}")
@@ -188,6 +194,8 @@ def _two_steps(name: str, shape: ModelConfig) -> None:
         step = start_peer(name, model)
     for _ in range(2):
         step()
+    del step
+    gc.collect()  # DeepSpeed's engines are cycles
 
 
 if __name__ == "__main__":
