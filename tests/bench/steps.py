@@ -161,15 +161,10 @@ class TransformersStep:
     def __init__(self, model: nn.Module, shape: StepShape) -> None:
         import deepspeed
 
-        settings = {
-            "train_micro_batch_size_per_gpu": shape.micro_batch,
-            "gradient_accumulation_steps": shape.micro_batches,
-            "gradient_clipping": shape.optimizer.clip_norm,
-            "bf16": {"enabled": shape.engine.precision == "bf16"},
-            "data_types": {"grad_accum_dtype": shape.engine.accumulation_dtype},
-            "zero_optimization": {"stage": shape.engine.zero_stage},
-            "zero_allow_untested_optimizer": True,
-        }
+        settings: dict[str, Any] = shape.engine.deepspeed_dict(
+            micro_batch_size=shape.micro_batch, clip_norm=shape.optimizer.clip_norm
+        )
+        settings["gradient_accumulation_steps"] = shape.micro_batches
         optimizer = build_adamw(model, shape.optimizer, shape.device)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
