@@ -116,9 +116,9 @@ def _why_overlapped(config: EngineConfig) -> str:
 def _why_reduced(config: EngineConfig) -> str:
     if config.reduce_dtype != "auto":
         return "as configured"
-    if config.precision == "fp32":
-        return "the type of the parameters"
-    return "half the bytes, off by some 0.2 %; reduce_dtype: fp32 is exact"
+    if config.reduction_dtype == "bf16":
+        return "the type they accumulate in"
+    return "the type they accumulate in: bf16 would halve the bytes and be off by some 0.2 %"
 
 
 def _why_accumulated(config: EngineConfig) -> str:

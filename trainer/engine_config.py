@@ -34,8 +34,8 @@ class EngineConfig:
     grad_accumulation: Literal["auto", "fp32", "bf16"] = "auto"
     """Type gradients accumulate in over micro-batches; auto is fp32 wherever DeepSpeed can (not bf16 at stage 0)."""
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type gradients are added up over ranks in; auto is that of the parameters. With bf16 a gradient is off by some
-    0.2 %, more with more ranks; fp32 adds exactly and sends twice as many bytes."""
+    """Type gradients are added up over ranks in; auto is the one they accumulate in, so that nothing is rounded on the
+    way. bf16 sends half the bytes of fp32, and a gradient is off by some 0.2 %, more with more ranks."""
     expert_parallel_size: int = 1
     """Ranks that share one copy of the experts; consecutive ranks form a group."""
     sequence_parallel_size: int = 1
@@ -112,7 +112,7 @@ class EngineConfig:
     @property
     def reduction_dtype(self) -> str:
         """The type gradients are really added up over ranks in."""
-        return self.precision if self.reduce_dtype == "auto" else self.reduce_dtype
+        return self.accumulation_dtype if self.reduce_dtype == "auto" else self.reduce_dtype
 
     @property
     def reduces_flat_buffers(self) -> bool:
