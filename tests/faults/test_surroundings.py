@@ -124,7 +124,8 @@ def test_wandb_that_raises(one_rank: Reference) -> None:
     run_dir = one_rank.config.parent / "raising"
     job = Job(one_rank.config, run_dir, "wandb.mode=offline", ranks=0, fault="wandb_raises@0:3:forward")
     assert job.end() == 0, job.log[-3000:]
-    assert "W&B failed (BrokenPipeError" in job.log
+    # It meets whatever the sink's thread sends next: numbers or a picture.
+    assert "(BrokenPipeError: the service is gone); training goes on" in job.log
     assert_same_run(run_dir, one_rank.run_dir)
 
 
