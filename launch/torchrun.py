@@ -39,10 +39,11 @@ def main(argv: list[str]) -> int:
         try:
             torchrun.run(arguments)
         except ChildFailedError as error:
-            return cause([failure.exitcode for failure in error.failures.values()])
+            # The agent ends a worker that takes its time to leave, whose own code is then lost to it.
+            return cause([*(failure.exitcode for failure in error.failures.values()), *reported(Path(folder))])
         except SignalException as error:
             # The agent has passed the signal on and waited for its workers, but does not say how they ended: they do.
-            codes = [int(path.read_text()) for path in Path(folder).iterdir()]
+            codes = reported(Path(folder))
             return cause(codes) if any(codes) else 128 + error.sigval
         except RendezvousError as error:
             raise PeerLostError(
@@ -52,6 +53,13 @@ def main(argv: list[str]) -> int:
         finally:
             del os.environ[EXIT_CODES]  # this process is no rank
     return 0
+
+
+def reported(folder: Path) -> list[int]:
+    """The codes that ranks of the last start have said they end with, in the order they did."""
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    last = max((int(path.name.partition("-")[0]) for path in files), default=0)
+    return [int(path.read_text()) for path in files if path.name.startswith(f"{last}-")]
 
 
 def cause(codes: Sequence[int]) -> int:
