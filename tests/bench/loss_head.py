@@ -16,7 +16,7 @@ from tests.bench.memory import memory_added
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
 
-VOCAB, WIDTH, WIDE, TOKENS, MEMORY_TOKENS = 131_072, 512, 2048, 512, 2048
+VOCAB, WIDTH, WIDE, TOKENS, MEMORY_TOKENS = 131_072, 512, 2048, 256, 2048
 SMALL_VOCAB, SMALL_WIDTH, SMALL_TOKENS = 4096, 256, 1024
 
 

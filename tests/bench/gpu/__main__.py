@@ -163,12 +163,12 @@ class _KeptReport(Report):
 
 def measure_family(name: str, into: Path, device: torch.device) -> int:
     """The process of one family."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     FAMILIES[name].measure(_KeptReport(into), device)
     return 0
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(run_command(main))
