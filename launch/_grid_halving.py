@@ -6,7 +6,7 @@ has reached, so that no variant wins by its seeds. A decision is written down wh
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def decide(config: HalvingConfig, rung: int, values: Mapping[str, Mapping[int, f
     present = [set(by_seed) for by_seed in values.values() if by_seed]
     seeds = sorted(set.intersection(*present)) if present else []
     means = {
-        name: math.fsum(by_seed[seed] for seed in seeds) / len(seeds) if seeds and by_seed else math.nan
+        name: _mean([by_seed[seed] for seed in seeds]) if seeds and by_seed else math.nan
         for name, by_seed in values.items()
     }
     order = sorted(means, key=lambda name: means[name] if math.isfinite(means[name]) else math.inf)
@@ -50,6 +50,13 @@ def decide(config: HalvingConfig, rung: int, values: Mapping[str, Mapping[int, f
         rung, seeds, {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
         kept, [name for name in values if name not in kept],
     )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of finite numbers, however large; NaN if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return math.fsum(value / len(values) for value in values)
 
 
 class Halving:

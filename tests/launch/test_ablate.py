@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from psutil import Process
 
@@ -226,6 +226,7 @@ def test_hopeless_variants_are_stopped_at_a_rung_with_all_their_seeds(tmp_path: 
     ),
     st.floats(0.01, 0.99), st.data(),
 )  # fmt: skip
+@settings(max_examples=300)
 def test_halving_keeps_the_best_share_on_common_seeds_and_the_baseline(
     values: dict[str, dict[int, float]], keep: float, data: st.DataObject
 ) -> None:
