@@ -145,6 +145,11 @@ def test_sparklines_and_clocks() -> None:
     assert clock(3725.4) == "1:02:05"
 
 
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background of a shell ignore it
+
+
 class Terminal:
     """A process in a terminal of its own."""
 
@@ -153,7 +158,7 @@ class Terminal:
         self.resize(width, height)
         self.process = subprocess.Popen(
             command("launch.watch", *arguments), cwd=ROOT, env=environment(TERM="xterm-256color"), stdin=other,
-            stdout=other, stderr=other, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            stdout=other, stderr=other, start_new_session=True, preexec_fn=_own_terminal,
         )  # fmt: skip
         os.close(other)
         os.set_blocking(self._screen, False)
