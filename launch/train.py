@@ -76,19 +76,18 @@ def main(argv: list[str]) -> int:
     if not build_hooks(config.hooks).sets_sampling and not (run_dir / "checkpoints").exists():
         _require_samples(config, corpus)  # again below, where a checkpoint may know better
     # From here on: ranks are ready at different moments, and one that is still loading must not die of what the others
-    # only take note of; nor one that already writes its report.
+    # only take note of; nor one that already writes its report; nor one that has lost a peer, before it has said so. So
+    # after an error the handler stays.
     stop = StopSignal()
     restore_signal = stop.install()
-    try:
-        start_process_group(config.engine.collective_timeout_s)
-        with RunFolder(run_dir, config):
-            examine_and_record(config, corpus.vocab_size)
-            reason = train(config, corpus, run_dir, stop)
-        stop_process_group()
-        if ranks.is_main():
-            _report(run_dir)
-    finally:
-        restore_signal()
+    start_process_group(config.engine.collective_timeout_s)
+    with RunFolder(run_dir, config):
+        examine_and_record(config, corpus.vocab_size)
+        reason = train(config, corpus, run_dir, stop)
+    stop_process_group()
+    if ranks.is_main():
+        _report(run_dir)
+    restore_signal()
     return PREEMPTED_EXIT_CODE if reason == "preempted" else 0
 
 
