@@ -97,8 +97,7 @@ class _WholeCrossEntropy(torch.autograd.Function):
         target_N = logits_NV.gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
         largest_N = logits_NV.amax(dim=1)
         sum_N = logits_NV.sub_(largest_N.unsqueeze(1)).exp_().sum(dim=1)
-        exponentials_NV = logits_NV
-        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, exponentials_NV, sum_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, logits_NV, sum_N)  # exponentials by now
         return (sum_N.log() - (target_N - largest_N)).masked_fill_(labels_N == IGNORED_LABEL, 0)
 
     @staticmethod

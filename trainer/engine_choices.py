@@ -116,7 +116,7 @@ def _why_overlapped(config: EngineConfig) -> str:
 def _why_reduced(config: EngineConfig) -> str:
     if config.reduce_dtype != "auto":
         return "as configured"
-    if config.reduction_dtype == "bf16":
+    if config.precision == "fp32" or config.reduction_dtype == "bf16":
         return "the type they accumulate in"
     return "the type they accumulate in: bf16 would halve the bytes and be off by some 0.2 %"
 

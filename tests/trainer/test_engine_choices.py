@@ -103,3 +103,25 @@ def test_what_deepspeed_would_get_wrong_is_refused(options: dict[str, Any], shar
     assert len(problems) == 1
     assert problems[0].startswith(f"zero_options.{next(iter(options))}: ")
     assert said in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"precision": "fp32"}, "fp32"),
+        ({"precision": "bf16", "zero_stage": 0}, "bf16"),
+        ({"precision": "bf16", "zero_stage": 1}, "fp32"),
+        ({"precision": "bf16", "zero_stage": 3}, "fp32"),
+        ({"precision": "bf16", "grad_accumulation": "bf16"}, "bf16"),
+        ({"precision": "bf16", "reduce_dtype": "bf16"}, "bf16"),
+    ],
+)
+def test_gradients_are_added_up_over_ranks_in_the_type_they_accumulate_in(
+    settings: dict[str, Any], expected: str
+) -> None:
+    config = EngineConfig(**settings)
+    table = config.deepspeed_dict(micro_batch_size=1, clip_norm=1.0, zero_table={})
+    assert table["communication_data_type"] == expected
+    said = {choice.name: choice for choice in choices(config, 10_000_000, 8)}["gradients are reduced in"]
+    assert said.value == expected
+    assert ("bf16 would halve the bytes" in said.why) == (settings["precision"] == "bf16" and expected == "fp32")
