@@ -7,7 +7,6 @@ Works in one process or under torchrun with any number of ranks: it reads the ch
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from moe.score_sample import RecordedScores, ScoreSample, save_scores
 from trainer import ranks
 from trainer.errors import ConfigError
 from trainer.evaluate import EvaluationConfig, evaluate
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 
 def main(argv: list[str]) -> int:
@@ -73,4 +72,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

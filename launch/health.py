@@ -22,7 +22,7 @@ from trainer import ranks
 from trainer.data.prepare import read_manifest
 from trainer.health import Health, check_health
 from trainer.metrics import JsonlLog
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 log = logging.getLogger("evenkeel")
 
@@ -86,4 +86,4 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

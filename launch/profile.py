@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from trainer.hooks import HookList
 from trainer.loop import StopSignal
 from trainer.metrics import Row
 from trainer.phases import PhaseClock
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 from trainer.profiling import ProfileConfig, StepProfiler
 from trainer.train_state import TrainState
 
@@ -181,4 +180,4 @@ def _show(profile: _step_profile.StepProfile, config: RunConfig, out: Path) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -9,7 +9,6 @@ lost, 6 storage, 75 preempted and saved (`python -m launch.torchrun` passes them
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import HookList, RunContext, StopReason
 from trainer.loop import StopSignal, Trainer
 from trainer.optim import build_adamw
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 from trainer.profiling import StepProfiler
 from trainer.schedule import learning_rate
 from trainer.telemetry import StepTelemetry
@@ -238,4 +237,4 @@ def identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -9,13 +9,12 @@ import time
 
 from launch._cli import run_command
 from moe import native
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 
 def main(argv: list[str]) -> int:
     """Start and stop a one-process group through DeepSpeed, and compile the experts; both stay in torch's cache."""
     argparse.ArgumentParser(prog="python -m launch.warmup", description=__doc__).parse_args(argv)
-    from trainer.process_group import start_process_group, stop_process_group
-
     begin = time.monotonic()
     start_process_group(timeout_s=300)
     stop_process_group()
@@ -31,4 +30,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

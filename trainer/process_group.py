@@ -1,15 +1,18 @@
-"""Start and stop the process group: NCCL where there is a GPU for each rank, gloo on CPUs.
+"""Start a process group, stop it, end a process that had one. NCCL where there is a GPU for each rank, gloo on CPUs.
 
 One process without torchrun gets a group of one on an in-memory store, so that no port is needed.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -98,3 +101,18 @@ def stop_process_group() -> None:
     """Leave the group. Only after success: after an error other ranks may never come."""
     if ranks.is_distributed():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that has had a process group, with this exit code and no other; where `sys.exit` would stand.
+
+    A thread of gloo may be the last to hold a tensor of the last collective. Letting go of it takes the interpreter's
+    lock, and a thread that asks for the lock of an interpreter being torn down ends the process with SIGABRT, after all
+    work was done (pytorch issue 190489; torch up to 2.13). So there is no tearing down here, only what comes before it:
+    threads are joined, exit handlers run, what was printed is flushed. The standard library ends its forks so, too.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

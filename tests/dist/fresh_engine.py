@@ -6,7 +6,7 @@ from pathlib import Path
 from configs.loader import load_run_config
 from launch._corpus import open_corpus
 from launch.train import build
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 if __name__ == "__main__":
     config = load_run_config(sys.argv[1])
@@ -20,3 +20,4 @@ if __name__ == "__main__":
     )  # fmt: skip
     print(engine.state.clock, worst)
     stop_process_group()
+    leave(0)

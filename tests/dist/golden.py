@@ -31,7 +31,7 @@ from trainer.data.corpus import Rows
 from trainer.data.loader import MicroBatch
 from trainer.hooks import StepResult
 from trainer.metrics import MetricBuffer
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 from trainer.schedule import learning_rate
 
 CONFIG = Path(__file__).with_suffix(".yaml")
@@ -148,3 +148,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

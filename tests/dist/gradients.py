@@ -24,7 +24,7 @@ from trainer import ranks
 from trainer.accumulate import Accumulator
 from trainer.data.corpus import TokenCorpus
 from trainer.metrics import MetricBuffer
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 
 def reference_gradients(config: RunConfig, corpus: TokenCorpus) -> dict[str, Tensor]:
@@ -92,3 +92,4 @@ if __name__ == "__main__":
     if ranks.is_main():
         Path(sys.argv[2]).write_text(json.dumps(worst.tolist()))
     stop_process_group()
+    leave(0)

@@ -17,7 +17,7 @@ from typing import Any
 from trainer import health_probes, ranks
 from trainer.errors import EvenkeelError
 from trainer.health import HealthConfig, check_health
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 FOLDER = Path(sys.argv[1])
 
@@ -108,3 +108,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -13,7 +13,7 @@ from trainer import ranks
 from trainer.engine import Engine
 from trainer.engine_config import EngineConfig
 from trainer.optim import OptimizerConfig, build_adamw
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 MICRO_BATCHES = 8
 OPTIMIZER = OptimizerConfig(clip_norm=0.0)
@@ -73,3 +73,4 @@ if __name__ == "__main__":
             if ranks.is_main():
                 sys.stdout.write(f"{stage} {kind} {found}\n")
     stop_process_group()
+    leave(0)

@@ -20,7 +20,7 @@ from moe.model import MoEDecoder
 from trainer import ranks
 from trainer.hooks import RunContext, StepContext, StepResult
 from trainer.metrics import MetricBuffer
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 STEPS, BATCH, LENGTH, VOCAB, WIDTH = 6, 16, 12, 40, 16
 EXPERTS, TOP_K = (4, 8), 2
@@ -127,3 +127,4 @@ if __name__ == "__main__":
         if ranks.is_main():
             save_file(result, Path(sys.argv[2]) / f"{case.name}.safetensors")
     stop_process_group()
+    leave(0)

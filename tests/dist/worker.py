@@ -18,7 +18,7 @@ from launch._run_folder import RunFolder
 from launch.train import train
 from trainer import ranks
 from trainer.loop import StopSignal
-from trainer.process_group import start_process_group, stop_process_group
+from trainer.process_group import leave, start_process_group, stop_process_group
 
 
 def read_order(path: Path) -> Any:
@@ -51,3 +51,4 @@ if __name__ == "__main__":
             (orders / f"{number}.done").touch()
         number += 1
     stop_process_group()
+    leave(0)
