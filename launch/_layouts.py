@@ -17,6 +17,7 @@ USABLE = 0.92
 """Of a GPU's memory; the rest is lost between the allocator's blocks (our assumption)."""
 RESERVED_BYTES = 2.5e9
 """CUDA context, kernels and NCCL's buffers (our assumption)."""
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def weigh(config: RunConfig, vocab_size: int, cluster: Cluster, constants: Const
         expert=engine.expert_parallel_size,
         recompute=model.activation_recompute,
         extra_forwards=extra,
-        gradient_bytes=4 if engine.reduction_dtype == "fp32" else 2,
+        gradient_bytes=ELEMENT_BYTES[engine.reduction_dtype],
         tiled_head=tile_size(model.loss_tile, train.micro_batch_size * train.sequence_length, vocab_size) < vocab_size,
         max_violation=cluster.max_violation,
         software=cluster.software,
@@ -144,11 +145,14 @@ def _memory(config: RunConfig, vocab_size: int, cluster: Cluster) -> tuple[float
     count, engine, model = count_parameters(config.model, vocab_size), config.engine, config.model
     routed = count.total["routed experts"]
     states = sum(model_state_bytes(engine, count.num_total - routed, routed, cluster.gpus).values())
-    low = 2 if engine.precision == "bf16" else 4
+    low = ELEMENT_BYTES[engine.precision]
     buckets = 0.0
     if engine.zero_stage and not engine.reduces_flat_buffers:
         local = count.num_total - routed + routed / engine.expert_parallel_size
-        buckets = 2 * low * zero_table(engine, int(local), cluster.gpus)["reduce_bucket_size"]
+        # What is put together is held as DeepSpeed keeps gradients at this stage, and once more as they are sent.
+        kept_in = {1: engine.accumulation_dtype, 2: engine.precision, 3: engine.reduction_dtype}[engine.zero_stage]
+        held = ELEMENT_BYTES[kept_in] + ELEMENT_BYTES[engine.reduction_dtype]
+        buckets = held * zero_table(engine, int(local), cluster.gpus)["reduce_bucket_size"]
     gathered = 0.0
     if engine.zero_stage == 3:  # the block at work and the one that is fetched ahead
         gathered = 2 * low * (count.num_total - count.total["embedding"]) / len(model.block_experts)

@@ -21,6 +21,7 @@ MODEL = ModelConfig(
     num_experts=16, top_k=2, expert_intermediate_size=256, num_shared_experts=1,
 )  # fmt: skip
 VOCAB, MICRO_BATCHES = 4096, 4
+WAYS = ("deferred", "frozen", "two_pass")
 
 
 def measure(report: Report, rounds: int = 7) -> None:
@@ -48,7 +49,7 @@ def measure(report: Report, rounds: int = 7) -> None:
     report.add(
         "hooks/bias", 1 + statistics.median(moves[1:]) / statistics.median(steps[1:]), 1 + min(moves) / min(steps)
     )
-    times = step_times()
-    for name in ("deferred", "frozen", "two_pass"):
+    times = step_times(("unweighted", *WAYS))
+    for name in WAYS:
         of, to = times[name], times["unweighted"]
         report.add(f"hooks/{name}", of.median / to.median, of.minimum / to.minimum)

@@ -117,7 +117,7 @@ class Workload:
         return products
 
 
-def measure(report: Report, rounds: int = 4) -> None:
+def measure(report: Report, rounds: int = 3) -> None:
     """Time both workloads."""
     for name, config in WORKLOADS.items():
         workload = Workload(config)

@@ -1,10 +1,9 @@
 """`loss_head`: the head's losses and gradients against `F.cross_entropy`: in tiles at V = 128k, whole at V = 4k.
 
 `python -m tests.bench.loss_head ours|plain VOCABULARY` prints the MiB that one forward and backward adds to the memory
-in use, weight and its gradient apart.
+in use, weight and its gradient apart, and the peak of the whole process.
 """
 
-import subprocess
 import sys
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.loss_head import OutputHead
-from tests.bench.memory import memory_added
+from tests.bench.memory import memory_added, printed_by
 from tests.bench.report import Report
 from tests.bench.timing import interleaved
 
@@ -50,12 +49,14 @@ def measure(report: Report, rounds: int = 2) -> None:
 
 
 def _measure_memory(report: Report, key: str, vocab_size: int) -> None:
-    found = {}
-    for name in ("plain", "ours"):
-        command = [sys.executable, "-m", "tests.bench.loss_head", name, str(vocab_size)]
-        found[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    note = f"{found['ours']:.0f} MiB, plain {found['plain']:.0f} MiB, {MEMORY_TOKENS} tokens"
-    report.add(f"loss_head/{key}", found["ours"] / found["plain"], note=note)
+    found = printed_by("tests.bench.loss_head", ["plain", "ours"], str(vocab_size))
+    for name, printed in found.items():
+        if isinstance(printed, str):
+            report.not_run(f"loss_head/{key}", f"{name}: {printed}")
+            return
+    (plain, _), (ours, _) = found.values()
+    note = f"{ours:.0f} MiB, plain {plain:.0f} MiB, {MEMORY_TOKENS} tokens"
+    report.add(f"loss_head/{key}", ours / plain, note=note)
 
 
 def _measure_time(report: Report, key: str, width: int, tokens: int, vocab_size: int, rounds: int) -> None:
@@ -74,4 +75,4 @@ def _measure_time(report: Report, key: str, width: int, tokens: int, vocab_size:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     small, large = (Head(sys.argv[1], 64, tokens, int(sys.argv[2])) for tokens in (2, MEMORY_TOKENS))
-    sys.stdout.write(f"{memory_added(small.run, large.run)[0]:.1f}\n")
+    sys.stdout.write("{:.1f} {:.1f}\n".format(*memory_added(small.run, large.run)))

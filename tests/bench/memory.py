@@ -5,7 +5,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +19,29 @@ REFERENCE = "transformers_qwen3_grouped_mm"
 
 def measure(report: Report) -> None:
     """Ours over transformers' grouped products: what a pass adds, and the whole process. The allocator as it comes."""
-    found = {}
-    for name in ("ours", REFERENCE):
-        done = subprocess.run([sys.executable, "-m", "tests.bench.memory", name], capture_output=True, text=True)
-        if done.returncode:
-            report.not_run("memory/ours_over_transformers", f"{name}: {done.stderr.strip().splitlines()[-1]}")
+    found = printed_by("tests.bench.memory", ["ours", REFERENCE])
+    for name, printed in found.items():
+        if isinstance(printed, str):
+            report.not_run("memory/ours_over_transformers", f"{name}: {printed}")
             return
-        found[name] = [float(word) for word in done.stdout.split()]
     for key, ours, theirs in zip(("ours_over_transformers", "whole_process"), *found.values(), strict=True):
         report.add(f"memory/{key}", ours / theirs, note=f"{ours:.0f} MiB, transformers {theirs:.0f} MiB")
+
+
+def printed_by(module: str, names: Sequence[str], *arguments: str) -> dict[str, list[float] | str]:
+    """Last two numbers printed by `python -m MODULE NAME ...` for each name, or why there are none; all run at once,
+    which memory does not mind."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", module, name, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for name in names
+    }
+    found = dict[str, list[float] | str]()
+    for name, process in processes.items():
+        said, complaints = process.communicate()
+        found[name] = complaints.strip().splitlines()[-1] if process.returncode else [*map(float, said.split()[-2:])]
+    return found
 
 
 def _resident_mib(peak: bool) -> float:

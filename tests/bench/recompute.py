@@ -52,7 +52,7 @@ def peak_mib(step: Callable[[int], object]) -> float:
     return peak / 2**20
 
 
-def measure(report: Report, rounds: int = 4) -> None:
+def measure(report: Report, rounds: int = 3) -> None:
     """Ratios of each policy to keeping all; bits are compared before anything is timed."""
     steps = {policy: step_of(policy) for policy in POLICIES}
     kept = steps["none"](2)

@@ -13,7 +13,6 @@ and optimizer states included, and the peak of the whole process.
 import contextlib
 import copy
 import gc
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +25,7 @@ from moe.config import ModelConfig
 from moe.model import MoEDecoder
 from tests.bench import torchtitan_step
 from tests.bench.group import join_process_group
-from tests.bench.memory import memory_added
+from tests.bench.memory import memory_added, printed_by
 from tests.bench.report import Report
 from tests.bench.steps import OurStep, StepShape, TransformersStep
 from tests.bench.timing import CPU, interleaved
@@ -164,20 +163,13 @@ def _measure_memory(report: Report) -> None:
     The peak is of all that is in memory, libraries too, and the same to 2 % from run to run. What the steps add to it
     moves by 10 %.
     """
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.train_step", name], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for name in (*OURS, *PEERS) if not name.endswith("bf16")
-    }  # fmt: skip  # all at once: nothing is timed here
+    names = [name for name in (*OURS, *PEERS) if not name.endswith("bf16")]
     peaks, ratios = dict[str, float](), dict[str, float]()
-    for name, process in processes.items():
-        said, complaints = process.communicate()
-        if process.returncode:
-            report.not_run(f"train_step/memory/{name}", complaints.strip().splitlines()[-1])
+    for name, printed in printed_by("tests.bench.train_step", names).items():
+        if isinstance(printed, str):
+            report.not_run(f"train_step/memory/{name}", printed)
             continue
-        added, peaks[name] = map(float, said.split()[-2:])
+        added, peaks[name] = printed
         report.add(f"train_step/memory/{name}", peaks[name], note=f"MiB, of which steps add about {added:.0f}")
         if (mine := PEERS.get(name)) in peaks:
             ratios[name] = peaks[mine] / peaks[name]
