@@ -161,7 +161,7 @@ class GridConfig:
         for name, value in self.slurm.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name) or not re.fullmatch(r"[^\s'\"\\$`#]+", str(value)):
                 found.append(f"slurm.{name}: {value!r} is no option of sbatch; write its long name and a plain value")
-            elif name in ("array", "signal", "output", "job-name", "requeue", "ntasks-per-node"):
+            elif name in ("array", "signal", "output", "open-mode", "job-name", "requeue", "ntasks-per-node"):
                 found.append(f"slurm.{name}: is set by the grid; remove it")
         return found
 

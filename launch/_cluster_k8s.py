@@ -41,8 +41,8 @@ def manifest(plan: Plan, options: KubernetesOptions) -> str:
         "data": {"config.yaml": to_yaml(plan.config)},
     }
     replicas = {"Master": _replica(plan, options, name, 1, is_host="true")}
-    if plan.nodes > 1:
-        replicas["Worker"] = _replica(plan, options, name, plan.nodes - 1, is_host="false")
+    if plan.agents.nodes > 1:
+        replicas["Worker"] = _replica(plan, options, name, plan.agents.nodes - 1, is_host="false")
     job = {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -89,14 +89,14 @@ def _replica(plan: Plan, options: KubernetesOptions, name: str, count: int, *, i
             {"name": "config", "mountPath": _CONFIG_FOLDER},
             {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108  # NCCL and data workers
         ],
-    } | ({"resources": {"limits": {"nvidia.com/gpu": plan.ranks_per_node}}} if plan.has_gpus else {})
+    } | ({"resources": {"limits": {"nvidia.com/gpu": plan.agents.ranks_per_node}}} if plan.has_gpus else {})
     return {
         "replicas": count,
         "restartPolicy": "ExitCode",
         "template": {
             "metadata": {"annotations": {"sidecar.istio.io/inject": "false"}},
             "spec": {
-                "terminationGracePeriodSeconds": plan.grace_s + 30,
+                "terminationGracePeriodSeconds": plan.agents.grace_s + 30,
                 "containers": [container],
                 "volumes": [
                     *volumes,

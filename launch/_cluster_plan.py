@@ -1,4 +1,4 @@
-"""What every way of starting a job on several nodes shares: the layout, and the launcher's command line.
+"""What every way of starting jobs on several nodes shares: the layout, and the launcher's command line.
 
 Shell text is put together here and in the files beside, always from words that are quoted one by one.
 """
@@ -28,17 +28,11 @@ _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run on several nodes."""
+class Agents:
+    """The launchers of a job, one on each node."""
 
-    config: RunConfig
-    train_words: tuple[str, ...]
-    """Arguments of launch.train: the file and the overrides."""
     nodes: int
     ranks_per_node: int
-    has_gpus: bool
-    port: int
-    """Of the rendezvous, on the first node."""
     max_restarts: int
     """How often the ranks are started again when one fails, before the job ends."""
     join_timeout_s: int
@@ -46,17 +40,55 @@ class Plan:
     grace_s: int
     """Seconds a run gets to save when it is asked to stop."""
     python: str
+
+    def command(self, train: str, *, run_id: str, endpoint: str, is_host: str, local_addr: str) -> str:
+        """Bash for one node's agent and its ranks, over several lines. Arguments are shell words, already quoted.
+
+        `train`: arguments of launch.train. `endpoint`: host of the first node, and a port there. `is_host`: true on
+        that node, false elsewhere; left to itself torchrun guesses from host names, and is wrong where a node has
+        several. `local_addr`: how the others reach this node.
+        """
+        words = [
+            f"{shlex.quote(self.python)} -m launch.torchrun",
+            f"--nnodes={self.nodes} --nproc-per-node={self.ranks_per_node}",
+            f"--rdzv-backend=c10d --rdzv-id={run_id} --rdzv-endpoint={endpoint}",
+            f"--rdzv-conf=is_host={is_host},join_timeout={self.join_timeout_s}",
+            f"--local-addr={local_addr}",
+            f"--max-restarts={self.max_restarts} --shutdown-timeout={self.grace_s}",
+            f"-m launch.train {train}",
+        ]
+        return " \\\n    ".join(words)
+
+    def environment(self) -> dict[str, str]:
+        """Variables of every rank."""
+        found = {"PYTHONUNBUFFERED": "1"}
+        if "/" in self.python:  # its ninja and torchrun go with it
+            found["PATH"] = f"{Path(self.python).parent}:$PATH"
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on several nodes."""
+
+    config: RunConfig
+    train_words: tuple[str, ...]
+    """Arguments of launch.train: the file and the overrides."""
+    agents: Agents
+    has_gpus: bool
+    port: int
+    """Of the rendezvous, on the first node."""
     workdir: str
     env: Mapping[str, str]
 
     def problems(self) -> list[str]:
         """What cannot be launched, one line each."""
         found = []
-        for option, value in (("--join-timeout", self.join_timeout_s), ("--grace", self.grace_s)):
+        for option, value in (("--join-timeout", self.agents.join_timeout_s), ("--grace", self.agents.grace_s)):
             if value < 1:
                 found.append(f"{option}: {value} must be at least 1 second")
-        if self.max_restarts < 0:
-            found.append(f"--max-restarts: {self.max_restarts} is negative; use 0 to end at the first failure")
+        if self.agents.max_restarts < 0:
+            found.append(f"--max-restarts: {self.agents.max_restarts} is negative; use 0 to end at the first failure")
         if not 1024 <= self.port <= 65535:
             found.append(f"--port: {self.port} is not a port that a user may open; use 1024 to 65535")
         for name in self.env:
@@ -71,41 +103,30 @@ class Plan:
 
     def environment(self, interface: str = "") -> dict[str, str]:
         """Variables of every rank; the user's win."""
-        found = {"PYTHONUNBUFFERED": "1"}
+        found = self.agents.environment()
         if self.has_gpus:
             found["NCCL_DEBUG"] = "WARN"
         if interface:
             found["GLOO_SOCKET_IFNAME"] = interface
             if self.has_gpus:
                 found["NCCL_SOCKET_IFNAME"] = interface
-        if "/" in self.python:  # its ninja and torchrun go with it
-            found["PATH"] = f"{Path(self.python).parent}:$PATH"
         return found | dict(self.env)
 
     def agent(self, *, run_id: str, endpoint: str, is_host: str, local_addr: str) -> str:
-        """Bash for one node's agent and its ranks, over several lines. Arguments are shell words, already quoted.
+        """As `Agents.command`; `endpoint` is the host of the first node alone."""
+        return self.agents.command(
+            shlex.join(self.train_words), run_id=run_id, endpoint=f"{endpoint}:{self.port}", is_host=is_host,
+            local_addr=local_addr,
+        )  # fmt: skip
 
-        `endpoint`: host of the first node. `is_host`: true there, false elsewhere; left to itself torchrun guesses from
-        host names, and is wrong where a node has several. `local_addr`: how the others reach this node.
-        """
-        words = [
-            f"{shlex.quote(self.python)} -m launch.torchrun",
-            f"--nnodes={self.nodes} --nproc-per-node={self.ranks_per_node}",
-            f"--rdzv-backend=c10d --rdzv-id={run_id} --rdzv-endpoint={endpoint}:{self.port}",
-            f"--rdzv-conf=is_host={is_host},join_timeout={self.join_timeout_s}",
-            f"--local-addr={local_addr}",
-            f"--max-restarts={self.max_restarts} --shutdown-timeout={self.grace_s}",
-            f"-m launch.train {shlex.join(self.train_words)}",
-        ]
-        return " \\\n    ".join(words)
 
-    def exports(self, interface: str = "") -> str:
-        """Bash that sets the environment."""
-        lines = []
-        for name, value in self.environment(interface).items():
-            quoted = f"{shlex.quote(value.removesuffix(':$PATH'))}:$PATH" if name == "PATH" else shlex.quote(value)
-            lines.append(f"export {name}={quoted}\n")
-        return "".join(lines)
+def exports(environment: Mapping[str, str]) -> str:
+    """Bash that sets the environment."""
+    lines = []
+    for name, value in environment.items():
+        quoted = f"{shlex.quote(value.removesuffix(':$PATH'))}:$PATH" if name == "PATH" else shlex.quote(value)
+        lines.append(f"export {name}={quoted}\n")
+    return "".join(lines)
 
 
 def job_name(name: str, longest: int) -> str:

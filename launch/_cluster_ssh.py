@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch._cluster_plan import WAIT_FOR_CHILD, Plan
+from launch._cluster_plan import WAIT_FOR_CHILD, Plan, exports
 from launch.torchrun import cause
 from trainer.errors import ConfigError, PeerLostError
 
@@ -84,7 +84,7 @@ def _remote(plan: Plan, hosts: Sequence[Host], host: Host, interface: str) -> st
     # ssh passes no signal on. What it does pass on is that its own standard input, or the connection, is closed.
     return f"""\
 cd {shlex.quote(plan.workdir)} || exit 6
-{plan.exports(interface)}exec 3<&0
+{exports(plan.environment(interface))}exec 3<&0
 {agent} </dev/null 3<&- &
 child=$!
 (

@@ -133,7 +133,7 @@ def _prepare_corpora(grid: Grid, stop: StopRequest) -> int:
 def _write_array(grid: Grid, file: Path, parallel: int, console: Console) -> int:
     with GridFolder(grid) as folder:
         runs = [run for run in grid.runs if folder.states[run.name].status == "waiting"]
-        script = array_script(grid, runs, file=str(file), parallel=parallel, python=sys.executable)
+        script = array_script(grid, runs, parallel=parallel, python=sys.executable)
         try:
             file.write_text(script)
         except OSError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.loader import load_run_config
 from launch._cli import run_command
 from launch._cluster_k8s import CONFIG_PATH, KubernetesOptions, manifest
-from launch._cluster_plan import Plan, parse_env
+from launch._cluster_plan import Agents, Plan, parse_env
 from launch._cluster_slurm import SlurmOptions, batch_script
 from launch._cluster_ssh import Host, commands, display, read_hostfile, run
 from trainer.errors import ConfigError, StorageError
@@ -61,14 +61,16 @@ def _plan(kind: str, arguments: argparse.Namespace, hosts: Sequence[Host]) -> Pl
     plan = Plan(
         config=load_run_config(arguments.config, arguments.overrides, world_size=nodes * ranks_per_node),
         train_words=(CONFIG_PATH,) if kind == "k8s" else (arguments.config, *arguments.overrides),
-        nodes=nodes,
-        ranks_per_node=ranks_per_node,
+        agents=Agents(
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            max_restarts=arguments.max_restarts,
+            join_timeout_s=arguments.join_timeout,
+            grace_s=arguments.grace,
+            python=arguments.python,
+        ),
         has_gpus=has_gpus,
         port=arguments.port,
-        max_restarts=arguments.max_restarts,
-        join_timeout_s=arguments.join_timeout,
-        grace_s=arguments.grace,
-        python=arguments.python,
         workdir=_workdir(kind, arguments),
         env=parse_env(arguments.env),
     )

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,42 +317,45 @@ def test_a_grid_in_use_or_damaged_is_exit_3(
     assert "is the folder of a run" in capsys.readouterr().err
 
 
-def test_slurm_array_runs_each_folder_whatever_its_name(tmp_path: Path, data_config: DataConfig) -> None:
-    """The script is executed with stand-ins for Slurm's own commands, which are not here."""
+def test_slurm_array_runs_each_folder_whatever_its_name(
+    tmp_path: Path, data_config: DataConfig, on_path: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script is executed, with stand-ins for Slurm's own commands and for the agents."""
     folder = tmp_path / 'it\'s a "grid" $HOME'
     path = write_grid(
         tmp_path, data_config, variants={"a": {}, "b": {"train.steps": 8}}, ranks=2, folder=str(folder),
         slurm={"partition": "gpu", "time": "1:00:00", "nodes": 2},
     )  # fmt: skip
+    agent = tmp_path / "an interpreter" / "python"
+    agent.parent.mkdir()
+    agent.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$STAND_IN/$SLURM_ARRAY_TASK_ID-$SLURM_NODEID"\nexit 5\n')
+    agent.chmod(0o755)
     script = tmp_path / "array.sh"
-    assert run_command(ablate.main, [str(path), "--slurm", str(script), "--parallel", "1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(agent))
+        assert run_command(ablate.main, [str(path), "--slurm", str(script), "--parallel", "1"]) == 0
     text = script.read_text()
     assert "#SBATCH --array=0-1%1" in text
     assert "#SBATCH --partition=gpu" in text
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$SEEN"\nexit 75\n')
-    (tools / "scontrol").write_text('#!/bin/bash\necho "$@" >> "$SEEN.control"; echo head-node\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
     for task, name in enumerate(["a_s3", "b_s3"]):
-        seen = tmp_path / f"seen{task}"
-        env = environment(
-            SLURM_ARRAY_TASK_ID=str(task), SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2",
-            SEEN=str(seen),
-        )  # fmt: skip
-        env["PATH"] = f"{tools}:{env['PATH']}"
-        done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 75, done.stderr
-        arguments = seen.read_text().splitlines()
-        assert arguments[-2:] == ["launch.train", f"{folder / name}/config.yaml"]
-        assert {"--nnodes=2", "--nproc_per_node=1", "--rdzv_endpoint=head-node:20077"} <= set(arguments)
-        assert "requeue 77" in Path(f"{seen}.control").read_text(), "saved, so the task is queued again"
+        env = environment(**on_path, SLURM_ARRAY_TASK_ID=str(task))
+        done = subprocess.run(["bash", str(script)], env=env, cwd="/", capture_output=True, text=True, check=False)
+        assert done.returncode == 5, done.stderr
+        for node, is_host in ((0, "true"), (1, "false")):
+            words = (tmp_path / f"{task}-{node}").read_text().splitlines()
+            assert words[-2:] == ["launch.train", f"{folder / name}/config.yaml"]
+            assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=127.0.0.1:20017", "--max-restarts=1"} <= set(
+                words
+            )
+            assert f"--rdzv-conf=is_host={is_host},join_timeout=600" in words
         assert (folder / name / "config.yaml").exists()
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\n" * 2, "a lost rank: each task is queued again"
 
     path = write_grid(tmp_path, data_config, variants={"a": {}, "b": {}}, ranks=3, slurm={"nodes": 2})
     done = run("launch.ablate", str(path), "--slurm", str(script))
     assert done.returncode == 2
+    path = write_grid(tmp_path, data_config, variants={"a": {}}, ranks=2, slurm={"time": "5"})
+    assert run_command(ablate.main, [str(path), "--slurm", str(script)]) == 2
 
 
 def example(tmp_path: Path) -> Path:
