@@ -57,8 +57,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as nested plain values (tuples become lists, as they do in YAML and JSON)."""
-    plain = _plain(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-    assert isinstance(plain, dict)
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
 
 

@@ -1,5 +1,6 @@
 """Plain nested values into dataclasses, strictly typed, with every problem reported rather than the first."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,8 +42,7 @@ def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
 
     Unknown keys come with a suggestion, values are not converted between kinds (3.7 is no int, "yes" no bool).
     """
-    merged = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(merged, False)
+    merged = _defaults(schema)
     problems = []
     try:
         merged = _merge_all(merged, leaves)  # one merge costs what one leaf does
@@ -68,6 +68,15 @@ def one_line(error: Exception) -> str:
     lines = str(error).splitlines()
     hints = [line.strip() for line in lines[1:] if "Did you mean" in line]
     return " ".join([lines[0] if lines else type(error).__name__, *hints])
+
+
+@functools.cache  # making one takes longer than merging into it
+def _defaults(schema: type[object]) -> DictConfig:
+    """Not to be changed: a merge makes a copy."""
+    config = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(config, False)
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def _merge_all(config: DictConfig, leaves: Sequence[Leaf]) -> DictConfig:

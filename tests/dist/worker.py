@@ -37,6 +37,7 @@ if __name__ == "__main__":
         from tests.dist.seams import SEAMS
 
         SEAMS[sys.argv[2]]()
+    gc.freeze()
     start_process_group(60)
     orders, number = Path(sys.argv[1]), 1
     while (order := read_order(orders / f"{number}.json")) is not None:
@@ -46,6 +47,7 @@ if __name__ == "__main__":
             with RunFolder(Path(config.folder), config):
                 train(config, corpus, Path(config.folder), StopSignal())
             gc.collect()  # engines are cycles
+            gc.freeze()  # what is left stays; a training looks at what it makes itself
         ranks.barrier()
         if ranks.is_main():
             (orders / f"{number}.done").touch()
