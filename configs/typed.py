@@ -42,7 +42,7 @@ def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
 
     Unknown keys come with a suggestion, values are not converted between kinds (3.7 is no int, "yes" no bool).
     """
-    merged = _defaults(schema)
+    merged = _defaults(schema)  # type: ignore[arg-type]  # a class is hashable
     problems = []
     try:
         merged = _merge_all(merged, leaves)  # one merge costs what one leaf does
