@@ -4,10 +4,11 @@ A row is a run of documents. `documents_BT` numbers them; what matters here is o
 (-1) is a document of its own, so no row of the softmax is ever empty.
 
 On a CPU the mask is an exact one for scaled_dot_product_attention. On CUDA it is a block mask for flex_attention, which
-skips the blocks that hold nothing; its shapes do not depend on the data, so building it waits for nothing.
+skips the blocks that hold nothing. It is made from the borders alone: its memory grows with the square of the number of
+blocks, not of tokens, and its shapes do not depend on the data, so building it waits for nothing.
 
-Shape letters: B samples, T sequence, A query heads, G key-value heads, d head width, v width of a value, h rotated
-pairs.
+Shape letters: B samples, T sequence, I blocks of queries, J blocks of keys, A query heads, G key-value heads, d head
+width, v width of a value, h rotated pairs.
 """
 
 from functools import cache
@@ -16,9 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moe.sequence_parallel import Shards
+
+BLOCK = 128
+"""Tokens of a block, flex_attention's own default."""
 
 AttentionMask = Tensor | BlockMask | None
 """Which earlier tokens a token sees: bool [B, 1, T, T], blocks, or None for all of them."""
@@ -60,13 +64,32 @@ def dense_mask(documents_BT: Tensor) -> Tensor:
 
 
 def block_mask(documents_BT: Tensor) -> BlockMask:
-    """The same for flex_attention."""
+    """The same for flex_attention, as `create_block_mask` would make it by way of every score."""
 
     def within(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents_BT[sample, query] == documents_BT[sample, key])
 
-    batch, length = documents_BT.shape
-    return create_block_mask(within, batch, None, length, length, device=documents_BT.device)
+    length = documents_BT.shape[1]
+    first_I = torch.arange(0, length, BLOCK, device=documents_BT.device)
+    last_I = (first_I + BLOCK - 1).clamp(max=length - 1)
+    opening_BI, closing_BI = documents_BT[:, first_I], documents_BT[:, last_I]
+    # Documents are runs of tokens. So an earlier block of keys is seen if the document it closes with opens the block
+    # of queries, and all of it by all of them if there is no other document from its first key to their last.
+    index_I = torch.arange(len(first_I), device=documents_BT.device)
+    is_earlier_IJ = index_I.unsqueeze(1) > index_I
+    is_seen_BIJ = (opening_BI.unsqueeze(2) == closing_BI.unsqueeze(1)) & is_earlier_IJ
+    is_full_BIJ = (closing_BI.unsqueeze(2) == opening_BI.unsqueeze(1)) & is_earlier_IJ
+    is_full_BIJ &= (last_I - first_I == BLOCK - 1).unsqueeze(1)  # a last, shorter block of queries is never full
+    is_partial_BIJ = is_seen_BIJ & ~is_full_BIJ | (index_I.unsqueeze(1) == index_I)
+    return BlockMask.from_kv_blocks(
+        *_listed(is_partial_BIJ), *_listed(is_full_BIJ), BLOCK_SIZE=BLOCK, mask_mod=within, seq_lengths=(length, length)
+    )
+
+
+def _listed(is_there_BIJ: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks a query block has, int32 [B, 1, I], and which, those first, int32 [B, 1, I, J]."""
+    is_there_B1IJ = is_there_BIJ.unsqueeze(1).int()
+    return is_there_B1IJ.sum(-1).int(), is_there_B1IJ.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def attend_whole_rows(query_BATd: Tensor, key_BGTd: Tensor, value_BGTv: Tensor, layout: Layout) -> Tensor:

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe.config import ModelConfig
-from moe.documents import attend, block_mask, dense_mask, positions_in_documents
+from moe.documents import BLOCK, attend, block_mask, dense_mask, positions_in_documents
 from moe.model import MoEDecoder
 from tests.moe.test_model import LATENT, VOCAB, small_model, tokens_and_labels
 
@@ -84,6 +87,38 @@ def test_block_mask_and_dense_mask_agree(seed: int, grouped: bool, value_size: i
     query, key, value = (torch.randn(2, n, 192, size, generator=generator) for n, size in sizes)
     exact = attend(query, key, value, dense_mask(documents_BT))
     torch.testing.assert_close(attend(query, key, value, block_mask(documents_BT)), exact)
+
+
+@settings(max_examples=40)
+@given(length=st.integers(1, 700), share=st.sampled_from([0.0, 0.002, 0.01, 0.1, 1.0]), seed=st.integers(0, 2**31))
+def test_blocks_are_those_of_every_score(length: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    documents_BT = (torch.rand(2, length, generator=generator) < share).cumsum(dim=1)
+
+    def within(sample: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query >= key) & (documents_BT[sample, query] == documents_BT[sample, key])
+
+    expected, found = create_block_mask(within, 2, None, length, length, device="cpu"), block_mask(documents_BT)
+    assert (found.seq_lengths, found.BLOCK_SIZE) == (expected.seq_lengths, expected.BLOCK_SIZE)
+    for side in ("kv", "full_kv", "q", "full_q"):
+        for name in (f"{side}_num_blocks", f"{side}_indices"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_blocks_of_a_long_row_take_little_memory() -> None:
+    documents_BT = torch.arange(2**17).unsqueeze(0) // 3000
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, *(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+            return out
+
+    with Watch():
+        block_mask(documents_BT)
+    assert largest <= 8 * (2**17 // BLOCK + 1) ** 2, "every score would take 16 GiB"
 
 
 def test_positions_start_again_in_every_document() -> None:
