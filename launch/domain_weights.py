@@ -10,8 +10,10 @@ GPU if there is one. The balancing of hooks.expert_bias applies to the proxy too
 import argparse
 import csv
 import dataclasses
+import errno
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from moe.model import MoEDecoder
 from reweighting.proxy import DomainBatch, ProxyConfig, proxy_step
 from trainer import ranks
 from trainer.data.corpus import Rows, TokenCorpus
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.hooks import HookList, RunContext, StepContext, StepResult
 from trainer.metrics import MetricBuffer
 from trainer.optim import build_adamw
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="YAML file; a .csv beside it has every step's weights")
     options = parser.parse_intermixed_args(argv)
     _check(options)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _log_progress()
 
     config = load_run_config(options.config, options.overrides)
     if config.model.aux_loss.any or config.model.has_mtp:
@@ -79,7 +81,6 @@ def main(argv: list[str]) -> int:
     course = find_weights(config, corpus, proxy, reference)
     mean_D = torch.stack(course).mean(dim=0)
     weights = {name: round(float(weight), 6) for name, weight in zip(corpus.domain_names, mean_D, strict=True)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(yaml.safe_dump({"data": {"weights": weights}}, sort_keys=False))
     with options.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -186,8 +187,27 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--mu: {options.mu} must be finite and positive")
     if not 0 <= options.smoothing < 1:
         problems.append(f"--smoothing: {options.smoothing} must be in [0, 1)")
+    if options.out.suffix not in (".yaml", ".yml"):
+        problems.append(f"--out: {options.out} must end in .yaml; a .csv beside it has every step's weights")
     if problems:
         raise ConfigError(*problems)
+    try:  # before hours of training
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        with tempfile.TemporaryFile(dir=options.out.parent):
+            pass
+    except OSError as error:
+        raise StorageError(f"--out: {options.out}: {error.strerror}; name a file that can be written") from error
+
+
+def _log_progress() -> None:
+    """Lines of ours on stderr; the root logger would have those of every library."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]
+    log.propagate = False
 
 
 def _table(corpus: TokenCorpus, mean_D: Tensor, last_D: Tensor) -> Table:

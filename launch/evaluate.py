@@ -19,6 +19,7 @@ from launch._trained import load_trained_model
 from moe.balance_metrics import max_violation
 from moe.score_sample import RecordedScores, ScoreSample, save_scores
 from trainer import ranks
+from trainer.data.config import MORE_HELDOUT
 from trainer.errors import ConfigError
 from trainer.evaluate import EvaluationConfig, evaluate
 from trainer.process_group import leave, start_process_group, stop_process_group
@@ -40,6 +41,10 @@ def main(argv: list[str]) -> int:
     timeout_s = load_run_config(arguments.run / "config.yaml", world_size=None).engine.collective_timeout_s
     start_process_group(timeout_s)
     config, corpus, model, folder = load_trained_model(arguments.run, ranks.device())
+    if not corpus.has_heldout_text:
+        raise ConfigError(
+            f"{config.data.path}: no document is held out, so there is nothing to evaluate on; {MORE_HELDOUT}"
+        )
     sample = None
     if arguments.record_scores:
         if not model.moe_layers():

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 
     # Not at the top: workers import this module again, and these would bring them torch and its seconds.
     from configs.loader import load_run_config
+    from trainer.data.config import MORE_HELDOUT
     from trainer.data.pool import usable_cores
     from trainer.data.prepare import prepare
     from trainer.errors import ConfigError
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
     with _shown(console) as view:
         manifest, is_new = prepare(config.data, workers=workers, progress=view.show)
     console.print(_kept(manifest))
+    if not any(counts["heldout"]["documents"] for counts in manifest["domains"].values()):
+        console.print(f"warning: no document is held out; {MORE_HELDOUT}", highlight=False, soft_wrap=True)
     if manifest["dropped"]:
         console.print(_dropped(manifest))
     for problem in manifest["bad_documents"]:

@@ -5,6 +5,7 @@ flame graph down to torch's operations is written to profile.html, the figures t
 the config takes its configuration and the weights of its newest checkpoint: routing is then as uneven as it is there.
 
 Works in one process or under torchrun, on CPU and CUDA. Nothing is trained that is kept, nothing is evaluated or saved.
+Asked to stop (SIGTERM) it ends with 75 and writes nothing.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from launch.train import assemble, build, identity
 from trainer import ranks
 from trainer.checkpoint import CheckpointStore
 from trainer.engine import Engine
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import PREEMPTED_EXIT_CODE, ConfigError, StorageError
 from trainer.hooks import HookList
 from trainer.loop import StopSignal
 from trainer.metrics import Row
@@ -68,6 +69,9 @@ def main(argv: list[str]) -> int:
     _open(out)
     start_logging(out)
     profile = measure(config, run_dir, out, steps=arguments.steps, warmup=arguments.warmup)
+    if profile is None:
+        log.warning("stopped before all steps were measured; %s has no new profile", out)
+        return PREEMPTED_EXIT_CODE
     everywhere = ranks.gather_objects(profile)
     stop_process_group()
     if ranks.is_main():
@@ -77,8 +81,9 @@ def main(argv: list[str]) -> int:
 
 def measure(
     config: RunConfig, run_dir: Path | None, out: Path, *, steps: int, warmup: int
-) -> _step_profile.StepProfile:
-    """Run `warmup` + `steps` + 1 steps, the last one with torch's profiler. This rank's mean step."""
+) -> _step_profile.StepProfile | None:
+    """Run `warmup` + `steps` + 1 steps, the last one with torch's profiler. This rank's mean step; None if asked to
+    stop before, which all ranks agree on."""
     corpus = open_corpus(config)
     original, total = config, warmup + steps + 1
     config = dataclasses.replace(
@@ -100,7 +105,8 @@ def measure(
         store = _NothingSaved(out, config.checkpoint, {}, timeout_s=timeout_s)
         trainer = assemble(config, corpus, out, engine, hooks, run, store, TrainState(), rows.write, StopSignal())
         recorder = trainer.profiler = _StepRecorder(engine, trainer.telemetry.clock, out, step=total)
-        trainer.train()
+        if trainer.train() != "done":
+            return None
     measured = slice(warmup, warmup + steps)
     profile = _step_profile.step_profile(rows.rows[measured], rows.seconds(measured))
     profile.operations = recorder.operations

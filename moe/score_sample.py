@@ -75,12 +75,13 @@ class ScoreSample:
         keys_S, scores = self._keys_S, self._scores
         self._keys_S, self._scores = keys_S.new_empty(0), [None] * self._num_layers
         device = ranks.device()
-        padded_S = torch.full((self._size,), _NO_TOKEN, device=device)
+        most = int(ranks.all_reduce_(torch.tensor(len(keys_S), device=device), "max"))  # of `size`, on any rank
+        padded_S = torch.full((most,), _NO_TOKEN, device=device)
         padded_S[: len(keys_S)] = keys_S
         gathered = ranks.all_gather(padded_S)
         order = gathered.flatten().argsort(stable=True)[: self._size]
         order = order[gathered.flatten()[order] != _NO_TOKEN]
-        own = order // self._size == (ranks.rank() if ranks.is_distributed() else 0)
+        own = order // max(most, 1) == (ranks.rank() if ranks.is_distributed() else 0)
         widths = ranks.all_reduce_(
             torch.tensor([0 if s is None else s.shape[1] for s in scores], device=device), "max"
         ).tolist()
@@ -88,7 +89,7 @@ class ScoreSample:
         for found, width in zip(scores, widths, strict=True):
             whole_SE = torch.zeros(len(order), width, device=device)
             if found is not None:
-                whole_SE[own] = found[order[own] % self._size]
+                whole_SE[own] = found[order[own] % most]
             merged.append(ranks.all_reduce_(whole_SE) if width else None)
         return merged
 

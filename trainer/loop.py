@@ -29,6 +29,7 @@ from torch import Tensor
 from trainer import ranks
 from trainer.accumulate import AccumulationMode, Accumulator
 from trainer.checkpoint import CheckpointConfig, CheckpointStore
+from trainer.data.config import MORE_HELDOUT
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import MicroBatch, TrainLoader
 from trainer.data.online import OnlinePlan
@@ -174,6 +175,8 @@ class Trainer:
         restore_signal = self.stop.install()
         try:
             self.engine.module.train()
+            if not self.corpus.has_heldout_text and ranks.is_main():
+                log.warning("no document is held out, so there will be no held-out loss; %s", MORE_HELDOUT)
             if self.state.step == 0:
                 self._evaluate()
                 self._change_sampling()
@@ -305,6 +308,8 @@ class Trainer:
             plan.change(weights_D, steps_done=self.state.step)
 
     def _evaluate(self) -> None:
+        if not self.corpus.has_heldout_text:
+            return
         heldout = evaluate(
             self.engine.module,
             self.corpus,

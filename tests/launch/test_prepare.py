@@ -10,6 +10,8 @@ from rich.console import Console
 
 from launch import prepare as command_module
 from launch._cli import run_command
+from tests.harness import losses, run, tiny_config
+from trainer.data.config import DataConfig
 from trainer.data.prepare import Status
 
 
@@ -56,3 +58,22 @@ def test_what_was_dropped_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert last in shown
     assert run_command(command_module.main, [str(config), "--workers", "1"]) == 2
     assert "on_bad_document: skip -> stop" in capsys.readouterr().err
+
+
+def test_a_text_of_one_document_trains_and_says_that_nothing_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "book.txt"
+    source.write_text(" ".join(f"word{number % 97} and {number}" for number in range(4000)))
+    data = DataConfig(path=str(tmp_path / "out"), source=str(source), vocab_size=280)
+    config = tiny_config(tmp_path, data, train={"steps": 3})
+    assert run_command(command_module.main, [str(config), "--workers", "1"]) == 0
+    assert "warning: no document is held out; split the text" in capsys.readouterr().out
+    done = run("launch.train", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("no document is held out") == 1
+    assert "nan" not in done.stderr + done.stdout
+    assert len(losses(tmp_path / "run")) == 3
+    evaluated = run("launch.evaluate", str(tmp_path / "run"))
+    assert evaluated.returncode == 2
+    assert "no document is held out, so there is nothing to evaluate on" in evaluated.stderr

@@ -2,12 +2,13 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from launch._step_profile import BETWEEN, StepProfile, boxes, mean_over_ranks, operations_by_part, step_profile
-from tests.harness import run, tiny_config
+from tests.harness import ROOT, command, environment, run, tiny_config
 from trainer.data.config import DataConfig
 from trainer.phases import MARK
 
@@ -41,6 +42,24 @@ def test_a_config_on_two_ranks_and_its_run(tmp_path: Path, data_config: DataConf
     assert (tmp_path / "run" / "profile" / "profile.html").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert "initial weights" not in again.stderr
+
+
+def test_asked_to_stop_it_ends_with_75_and_writes_nothing(tmp_path: Path, data_config: DataConfig) -> None:
+    config = tiny_config(tmp_path, data_config, data={"max_epochs": {}})
+    words = command("launch.profile", str(config), "--steps", "20", "--warmup", "20000", "--out", str(tmp_path / "out"))
+    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while "keep their graphs" not in seen:  # said in the first step
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.terminate()
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 75, rest[-2000:]
+    assert "stopped before all steps were measured" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "out" / "profile.json").exists()
 
 
 def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import domain_weights
+from launch._cli import run_command
 from tests.harness import losses, rows, run, tiny_config
 from trainer.data.config import DataConfig
 
@@ -96,7 +98,7 @@ def test_proxies_find_domain_weights_that_a_run_can_include(trained: Path, tmp_p
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_proxy_says_what_is_wrong(trained: Path, tmp_path: Path) -> None:
+def test_proxy_says_what_is_wrong(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "w.yaml")]
     done = run("launch.domain_weights", str(trained), "--rule", "doremi", *out)
     assert done.returncode == 2
@@ -104,3 +106,9 @@ def test_proxy_says_what_is_wrong(trained: Path, tmp_path: Path) -> None:
     done = run("launch.domain_weights", str(trained), "model.aux_loss.z=0.1", "--rule", "doge", *out)
     assert done.returncode == 2
     assert "auxiliary losses" in done.stderr
+    for place, code in (("dw.csv", 2), ("file/dw.yaml", 6), ("folder.yaml", 6)):
+        (tmp_path / "file").touch()
+        (tmp_path / "folder.yaml").mkdir(exist_ok=True)
+        words = [str(trained), "--rule", "doge", "--out", str(tmp_path / place)]
+        assert run_command(domain_weights.main, words) == code
+        assert f"error: --out: {tmp_path / place}" in capsys.readouterr().err

@@ -63,6 +63,13 @@ def test_the_sample_does_not_depend_on_batches() -> None:
     assert not torch.allclose(whole[0][:16], whole[0][16:]), "tokens differ"  # type: ignore[index]
 
 
+def test_memory_is_that_of_the_text_however_much_is_asked_for() -> None:
+    _, model = started(**LAYERS)
+    everything = sampled(model, [rows_of_text()], size=10**15)
+    assert everything[0] is not None
+    assert everything[0].shape == (120, 8)
+
+
 def test_a_small_text_is_taken_whole_and_padding_never() -> None:
     hook, model = started()
     rows_BT = rows_of_text(3, 6)

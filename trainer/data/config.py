@@ -8,6 +8,9 @@ from typing import Literal
 
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig, FilterConfig, domain_name_problem
 
+MORE_HELDOUT = "split the text into more documents, or raise data.heldout_fraction"
+"""What to do where no document is held out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:

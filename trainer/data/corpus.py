@@ -191,6 +191,11 @@ class TokenCorpus:
             self._fill(batch, index, self._train[domain], self._train_rows[domain], int(row))
         return batch
 
+    @property
+    def has_heldout_text(self) -> bool:
+        """Whether any domain has held-out text."""
+        return any(rows.num_rows for rows in self._heldout_rows)
+
     def heldout_rows(self, domain: int) -> int:
         """Rows of a domain's held-out text, the padded ones included."""
         return self._heldout_rows[domain].num_rows
