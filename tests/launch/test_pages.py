@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from configs.loader import load_run_config
 from configs.schema import SECTIONS, RunConfig
@@ -37,6 +36,7 @@ SERVED = ("launch.wandb", "sync")  # needs a server: test_wandb_command
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> Path:
     """A folder in which what the pages name is there, as after the quickstart, but small."""
+    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("pages")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "hosts").write_text("node-1 slots=8\n")
