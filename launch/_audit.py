@@ -12,7 +12,7 @@ from rich.table import Table
 from launch._stream import Stream
 from trainer.data.audit import Audit, document_visits
 from trainer.errors import ConfigError, StorageError
-from trainer.metrics import read_jsonl
+from trainer.metrics import iter_jsonl
 
 _SHOWN = 20
 
@@ -63,12 +63,11 @@ def _recorded(stream: Stream, last_step: int) -> dict[int, list[int]]:
         return {}
     found: dict[int, list[int]] = {}
     try:
-        rows = read_jsonl(stream.run_dir / "metrics.jsonl")
+        for row in iter_jsonl(stream.run_dir / "metrics.jsonl"):
+            if row.get("data/digest") is not None and row["step"] <= last_step:
+                found.setdefault(row["step"], []).append(row["data/digest"])
     except ConfigError:
         return {}
-    for row in rows:
-        if row.get("data/digest") is not None and row["step"] <= last_step:
-            found.setdefault(row["step"], []).append(row["data/digest"])
     return found
 
 

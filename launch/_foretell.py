@@ -85,28 +85,51 @@ def _refuse_unknown(config: RunConfig) -> None:
         raise ConfigError("engine.offload_optimizer: is not foretold; set it to false with --predict")
 
 
-def tables(config: RunConfig, vocab_size: int, cluster: Cluster) -> list[Table]:
-    """The step as configured, the fastest layouts that fit, and the assumptions that matter most."""
+def foretell_layouts(config: RunConfig, vocab_size: int, cluster: Cluster) -> tuple[RunConfig, list[Table], str]:
+    """The step as configured, the fastest layouts that fit, and the assumptions that matter most, as tables.
+
+    Before them the configuration they begin with, after them why that is another layout than the configured one: it
+    does not fit so many ranks, and the fastest is taken. Empty if it does.
+
+    Raises ConfigError if no layout fits so many ranks, or if nothing is known of such a step.
+    """
     _refuse_unknown(config)
     if config.engine.precision != "bf16":
         raise ConfigError("engine.precision: steps are foretold in bf16 only; set engine.precision=bf16")
     constants = Constants()
-    configured = weigh(config, vocab_size, cluster, constants)
+    problems = config.problems(cluster.gpus)
     choices = ranked(config, vocab_size, cluster, constants)
+    if problems and not choices:
+        raise ConfigError(*_what_to_change(config, cluster.gpus, problems))
+    configured = None if problems else weigh(config, vocab_size, cluster, constants)
     fastest = next((choice for choice in choices if choice.fits), None)
-    found = [_parts(configured, cluster), _layouts(configured, choices, cluster)]
+    first = configured or choices[0]
+    tables = [_parts(first, cluster, is_configured=not problems), _layouts(configured, choices, cluster)]
     if fastest is not None:
-        found.append(_assumptions(fastest, vocab_size, cluster, constants))
-    return found
+        tables.append(_assumptions(fastest, vocab_size, cluster, constants))
+    which = "the fastest layout that fits" if fastest else "the smallest layout"
+    misfit = f"as configured it does not run on {cluster.gpus} ranks: {'; '.join(problems)}. What follows is {which}."
+    return first.config, tables, misfit if problems else ""
 
 
-def _parts(choice: Choice, cluster: Cluster) -> Table:
+def _what_to_change(config: RunConfig, gpus: int, problems: list[str]) -> list[str]:
+    """The problems of a configuration that no layout cures; one line if it is the batch that cannot be dealt."""
+    size = config.train.global_batch_size
+    if size % gpus == 0:
+        return problems
+    return [
+        f"train.global_batch_size: {size} is not divisible by {gpus} ranks, in no layout; for instance "
+        f"{-(-size // gpus) * gpus} is, or take other --nodes"
+    ]
+
+
+def _parts(choice: Choice, cluster: Cluster, *, is_configured: bool) -> Table:
     prediction, seconds = choice.prediction, choice.prediction.seconds
     title = (
         f"one step on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {cluster.network.name} (foretold)"
     )
     table = Table(title=title)
-    table.add_column("part, as configured")
+    table.add_column("part, as configured" if is_configured else "part, first layout below")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
     for part in fields(Parts):
@@ -126,13 +149,13 @@ def _parts(choice: Choice, cluster: Cluster) -> Table:
     return table
 
 
-def _layouts(configured: Choice, choices: list[Choice], cluster: Cluster) -> Table:
+def _layouts(configured: Choice | None, choices: list[Choice], cluster: Cluster) -> Table:
     fitting = [choice for choice in choices if choice.fits]
     table = Table(title=f"layouts of the same training that fit {cluster.gpu.memory_bytes / 1e9:.0f} GB, fastest first")
     for name in ("ZeRO", "experts over", "micro-batch", "recompute", "graphs kept", "GB", "seconds", "MFU"):
         table.add_column(name, justify="left" if name == "recompute" else "right")
     shown = fitting[:SHOWN] or choices[:1]
-    for choice in [*shown, configured]:
+    for choice in [*shown, *([] if configured is None else [configured])]:
         if choice is configured:
             table.add_section()
         table.add_row(
@@ -141,13 +164,14 @@ def _layouts(configured: Choice, choices: list[Choice], cluster: Cluster) -> Tab
             f"{choice.memory_bytes / 1e9:.1f}" + ("" if choice.fits else " !"), f"{choice.prediction.seconds:.3f}",
             f"{choice.prediction.mfu:.1%}",
         )  # fmt: skip
-    last = "last row: as configured" + ("" if configured.fits else ", which does not fit (!)")
+    lines = []
+    if configured is not None:
+        lines.append("last row: as configured" + ("" if configured.fits else ", which does not fit (!)"))
     if fitting:
-        table.caption = f"{last}\nrecommended: {fitting[0].overrides}"
+        lines.append(f"recommended: {fitting[0].overrides}")
     else:
-        table.caption = (
-            f"{last}\nNOTHING FITS: the smallest layout is shown; take more GPUs, larger ones or a smaller model"
-        )
+        lines.append("NOTHING FITS: the smallest layout is shown; take more GPUs, larger ones or a smaller model")
+    table.caption = "\n".join(lines)
     return table
 
 

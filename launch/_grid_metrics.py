@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from launch._grid_state import METRICS
-from launch._tail import LineTail
 from trainer.errors import ConfigError
+from trainer.line_tail import LineTail
 
 _MARK = '"eval/loss"'
 
@@ -28,11 +28,13 @@ class Evaluations:
         """All evaluations so far; a last line that is still being written is left for the next call."""
         if not self._path.exists():
             self.rewind()
-        lines, began_anew = self._tail.poll()
-        if began_anew:
-            self.rows = []
-        self.rows += [row for line in lines if _MARK in line and (row := _parsed(line)) is not None]
-        return self.rows
+        while True:
+            lines, began_anew = self._tail.poll()
+            if began_anew:
+                self.rows = []
+            if not lines:
+                return self.rows
+            self.rows += [row for line in lines if _MARK in line and (row := _parsed(line)) is not None]
 
     def at(self, step: int, key: str) -> float | None:
         """A value of the evaluation at `step`, infinite if it is not finite there; None before that.

@@ -11,7 +11,7 @@ from configs.loader import to_dict
 from configs.schema import RunConfig
 from launch._tensors import WEIGHTS
 from moe.arithmetic import count_parameters
-from trainer.metrics import read_jsonl
+from trainer.metrics import newest_first
 
 _SHOWN = ("seed", "model", "train", "optimizer", "schedule", "hooks")  # what was trained, not where it lay
 _TEXT = """---
@@ -58,9 +58,7 @@ def model_card(
     """README.md of an export; figures come from the run's own metrics, and are left open where it has none."""
     step = int(manifest["step"])
     metrics = run / "metrics.jsonl"
-    rows = [row for row in read_jsonl(metrics) if row.get("step", 0) <= step] if metrics.is_file() else []
-    tokens = [row["tokens"] for row in rows if "tokens" in row]
-    losses = [(row["step"], row["eval/loss"]) for row in rows if row.get("eval/loss") is not None]
+    tokens, measured = _last_figures(metrics, step) if metrics.is_file() else (None, None)
     count = count_parameters(config.model, vocab_size)
     shown = {name: section for name, section in to_dict(config).items() if name in _SHOWN}
     return _TEXT.format(
@@ -72,9 +70,25 @@ def model_card(
         dtype=dtype,
         step=step,
         steps=config.train.steps,
-        tokens=f"{int(tokens[-1]):,}" if tokens else "not recorded",
+        tokens="not recorded" if tokens is None else f"{int(tokens):,}",
         source=config.data.source,
-        heldout=f"{losses[-1][1]:.4f} (measured at step {losses[-1][0]:,})" if losses else "not measured",
+        heldout="not measured" if measured is None else f"{measured[1]:.4f} (measured at step {measured[0]:,})",
         sha256=manifest["files"][WEIGHTS]["sha256"],
         config=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True),
     )
+
+
+def _last_figures(metrics: Path, step: int) -> tuple[float | None, tuple[int, float] | None]:
+    """Tokens trained on, and the last held-out loss with its step, up to `step`; None where a run has none."""
+    tokens: float | None = None
+    measured: tuple[int, float] | None = None
+    for row in newest_first(metrics):
+        if row.get("step", 0) > step:
+            continue
+        if tokens is None:
+            tokens = row.get("tokens")
+        if measured is None and row.get("eval/loss") is not None:
+            measured = row["step"], row["eval/loss"]
+        if tokens is not None and measured is not None:
+            break
+    return tokens, measured

@@ -11,11 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch._tail import LineTail
 from launch.report_sections._log import read_log
 from launch.report_sections._parts import number, si
 from launch.report_sections._record import Columns, RunRecord, in_use, read_config
 from launch.report_sections.events import events_of
+from trainer.line_tail import LineTail
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _RECENT = 50  # steps that speed is measured on
@@ -40,18 +40,21 @@ class RunView:
 
     def poll(self) -> bool:
         """Read what is new; returns whether anything was."""
-        lines, began_anew = self._metrics.poll()
-        if began_anew:  # a resumed run rewrites its file up to the checkpoint
-            self.run, self._log_size = self._new_record(), -1
-        elif not self.run.config:
+        changed, lines = False, [""]
+        while lines:
+            lines, began_anew = self._metrics.poll()
+            if began_anew:  # a resumed run rewrites its file up to the checkpoint
+                self.run, self._log_size = self._new_record(), -1
+            changed = changed or began_anew or bool(lines)
+            for line in lines:
+                self.run.add_line(line)
+        if not self.run.config:
             self.run.config = read_config(self.folder)
-        for line in lines:
-            self.run.add_line(line)
         self.run.is_running = in_use(self.folder)
         size = sum(path.stat().st_size for path in self.folder.glob("log.txt*"))
         if size != self._log_size:
             self.run.log, self._log_size = read_log(self.folder), size
-        return bool(lines) or began_anew
+        return changed
 
     @property
     def quiet_s(self) -> float:

@@ -5,7 +5,8 @@ stage, what is chosen for DeepSpeed and why, and the arithmetic of the batch. No
 problem if the layout is refused.
 
 With --predict also what a step would take on GPUs (launch/PREDICTION.md): its parts, the layouts that fit and the
-fastest of them, and which assumption matters most:
+fastest of them, and which assumption matters most. Where the layout as configured does not fit that many ranks, a line
+says why and the tables are of the fastest layout that does:
 
     python -m launch.dryrun configs/16b-a3b.yaml --predict --nodes 16 --gpu h100 --network ib400
 
@@ -24,7 +25,7 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
-from launch._foretell import add_options, cluster_of, foretold_ranks, published, refuse_options, tables
+from launch._foretell import add_options, cluster_of, foretell_layouts, foretold_ranks, published, refuse_options
 from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters, flops_per_token
 from trainer.data.prepare import read_manifest
@@ -54,17 +55,22 @@ def main(argv: list[str]) -> int:
     if arguments.config is None:
         parser.error("the following arguments are required: config")
     world_size = _world_size(arguments)
-    config = load_run_config(arguments.config, arguments.overrides, world_size=world_size)
+    # What is foretold may be another layout than the configured one, which need not fit so many ranks.
+    checked_for = None if arguments.predict else world_size
+    config = load_run_config(arguments.config, arguments.overrides, world_size=checked_for)
     manifest = read_manifest(Path(config.data.path))
     vocab_size = manifest["tokenizer"]["vocab_size"] if manifest else config.data.vocab_size
+    shown: list[Table] = []
     if arguments.predict:
         cluster = cluster_of(arguments, needs_whole_step=_needs_whole_step(config))
-        foretold = tables(config, vocab_size, cluster)
+        config, shown, misfit = foretell_layouts(config, vocab_size, cluster)
+        if misfit:
+            console.print(misfit, highlight=False, soft_wrap=True)
     console.print(_parameters(config, vocab_size))
     console.print(_memory(config, vocab_size, world_size))
     console.print(_engine(config, vocab_size, world_size))
     console.print(_batch(config, vocab_size, world_size))
-    for table in foretold if arguments.predict else ():
+    for table in shown:
         console.print(table)
     return 0
 
@@ -127,7 +133,7 @@ def _memory(config: RunConfig, vocab_size: int, world_size: int) -> Table:
     )
     refused = [f"{name}: {state}" for name, state in stages.items() if isinstance(state, str)]
     offloaded = ["master weights and Adam moments lie in the host's memory"] * config.engine.offload_optimizer
-    table.caption = "\n".join(["* as configured", *offloaded, *refused])
+    table.caption = "\n".join(["* this layout", *offloaded, *refused])
     return table
 
 

@@ -25,7 +25,7 @@ from reweighting.strategies import STRATEGIES, Strategy, find_strategy
 from reweighting.theory import Descent, descend, smallest_temperature_for_cap, toy_quadratics
 from reweighting.weighing import divergence, effective_sample_size, sample_weights
 from trainer.errors import ConfigError
-from trainer.metrics import read_jsonl, rows_with
+from trainer.metrics import iter_jsonl
 
 _TOY_STEPS = 400
 _SAMPLES = 257
@@ -108,7 +108,7 @@ def toy_rows(descents: dict[str, Descent]) -> list[dict[str, Any]]:
 
 def replay(run_dir: Path, ways: Sequence[Way]) -> list[dict[str, Any]]:
     """What each way makes of every recorded step of a run: a row for each, with what the run itself used beside it."""
-    recorded = rows_with(read_jsonl(run_dir / "metrics.jsonl"), "reweight/samples/loss")
+    recorded = [row for row in iter_jsonl(run_dir / "metrics.jsonl") if "reweight/samples/loss" in row]
     if not recorded:
         raise ConfigError(f"{run_dir}: has no recorded losses; train with hooks.sample_reweight.record_every above 0")
     found = []

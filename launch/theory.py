@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rate", type=float, default=1e-3, help="size of a step (default 1e-3)")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
-        "--tokens", type=int, help="tokens of a step (default 512, or all recorded ones if not --online)"
+        "--tokens", type=int, help="tokens of a step (default 512); the gap of thousands takes many minutes"
     )
     parser.add_argument("--experts", type=int, help="of random scores (default 16)")
     parser.add_argument("--top-k", type=int, help="experts a token uses (default 4, or as recorded)")
@@ -109,7 +109,7 @@ def recorded_source(options: argparse.Namespace) -> Source:
         there = ", ".join(map(str, recorded.layers))
         raise ConfigError(f"--layer: {options.scores} has no layer {options.layer}; it has {there}")
     tokens, experts = scores_TE.shape
-    size = options.tokens or (min(_SYNTHETIC["tokens"], tokens) if options.online else tokens)
+    size = options.tokens or min(_SYNTHETIC["tokens"], tokens)
     top_k = options.top_k or recorded.top_k
     if size > tokens:
         raise ConfigError(f"--tokens: {options.scores} has {tokens} tokens, not {size}")

@@ -21,7 +21,7 @@ from configs.schema import RunConfig
 from launch._cli import run_command
 from launch._wandb_workspace import definition, save, workspace
 from trainer.errors import ConfigError, StorageError
-from trainer.metrics import read_jsonl
+from trainer.metrics import iter_jsonl
 from trainer.wandb_sink import has_key, send_rows
 
 
@@ -49,19 +49,18 @@ def main(argv: list[str]) -> int:
 
 def _sync(runs: list[Path], *, everything: bool) -> int:
     configs = [_config_of(run_dir, []) for run_dir in runs]
-    rows = [read_jsonl(run_dir / "metrics.jsonl") for run_dir in runs]
+    recorded = [sum(1 for _ in iter_jsonl(run_dir / "metrics.jsonl")) for run_dir in runs]  # a damaged one is told now
     _require_key()
-    for run_dir, config, recorded in zip(runs, configs, rows, strict=True):
+    for run_dir, config, total in zip(runs, configs, recorded, strict=True):
         wanted = dataclasses.replace(config.wandb, mode="online")
         sent = send_rows(
             wanted,
-            recorded,
             run_dir=run_dir,
             run_name=config.name,
             resolved_config=to_dict(config),
             everything=everything,
         )
-        sys.stdout.write(f"{run_dir}: {sent} of {len(recorded)} rows sent to project {wanted.project}\n")
+        sys.stdout.write(f"{run_dir}: {sent} of {total} rows sent to project {wanted.project}\n")
     return 0
 
 

@@ -182,11 +182,15 @@ class DomainReweightHook(Hook):
 def _evaluated_losses(run_dir: Path, names: tuple[str, ...]) -> dict[str, float]:
     """Each domain's held-out loss at the last evaluation of a run."""
     path = run_dir / "metrics.jsonl"
+    last = ""
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if '"eval/loss"' in line]
+        with path.open() as lines:  # one by one: there may be a million
+            for line in lines:
+                last = line if '"eval/loss"' in line else last
+        row = json.loads(last) if last else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"hooks.domain_reweight.reference_run: {path} cannot be read ({error})") from error
-    if not rows:
+    if row is None:
         raise ConfigError(f"hooks.domain_reweight.reference_run: {path} holds no evaluation")
-    found = {name: rows[-1].get(f"eval/{name}/ppl") for name in names}
+    found = {name: row.get(f"eval/{name}/ppl") for name in names}
     return {name: math.log(ppl) for name, ppl in found.items() if ppl}

@@ -26,6 +26,8 @@ from trainer.hooks import MetricReduction, MetricValue
 
 Row = dict[str, Any]
 
+_BLOCK_BYTES = 1 << 16
+
 
 class MetricBuffer:
     """Collects the values of a step under their names, and finished steps until they are flushed."""
@@ -192,9 +194,59 @@ def iter_jsonl(path: Path) -> Iterator[Row]:
                     raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
 
 
-def rows_with(rows: Sequence[Row], key: str) -> list[Row]:
-    """Rows that hold `key`: `loss` picks training steps, `eval/loss` evaluations."""
-    return [row for row in rows if key in row]
+def newest_first(path: Path) -> Iterator[Row]:
+    """The same from the end, a block at a time: what was measured last in a long run is found at once."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a run folder or its metrics.jsonl") from error
+    with file:
+        for line in _lines_backwards(file):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if line.endswith(b"\n"):
+                    raise ConfigError(f"{path}: a line is not JSON ({error}); remove it: {line[:60]!r}") from error
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
+    """Lines from the last to the first, with their ends; the last may have none."""
+    position, rest = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(position, _BLOCK_BYTES)
+        position -= size
+        file.seek(position)
+        rest = file.read(size) + rest
+        first, *whole = rest.splitlines(keepends=True)
+        yield from reversed(whole)
+        rest = first
+    if rest:
+        yield rest
+
+
+class EvenRows:
+    """An even selection from rows whose number is not known beforehand."""
+
+    def __init__(self, at_least: int = 60) -> None:
+        """Keeps at least that many rows, if there are as many, and at most twice as many, and the newest."""
+        self._limit, self._stride, self._seen = 2 * at_least, 1, 0
+        self._rows: list[Row] = []
+        self._last: Row | None = None
+
+    def add(self, row: Row) -> None:
+        """Take one row, or not."""
+        if self._seen % self._stride == 0:
+            self._rows.append(row)
+            if len(self._rows) > self._limit:
+                self._rows, self._stride = self._rows[::2], 2 * self._stride
+        self._last, self._seen = row, self._seen + 1
+
+    def rows(self) -> list[Row]:
+        """The selection, with the newest row at its end."""
+        kept = list(self._rows)
+        if self._last is not None and kept[-1] is not self._last:
+            kept.append(self._last)
+        return kept
 
 
 def _json_value(value: Any) -> Any:

@@ -7,6 +7,8 @@ Decisions:
 - Everything happens on a daemon thread behind a bounded queue: whatever W&B does (refuses, hangs, dies), training
   neither waits nor ends. What is missing there is counted, said once, and sent later by `launch.wandb sync`.
 - The id of the W&B run lies in the run folder: a run that is started again is the same run there.
+- What is said of the whole run at its end, earlier starts included, comes from metrics.jsonl, which has every row. The
+  thread follows that file while the run goes on, so that little is left to read when it ends, and none of it is kept.
 - Heat maps and tables are files, so they go up at most once in `media_every_s` seconds each; the last one always does.
 - Nothing goes up but metrics, the keys of the config that are on a list, and system figures: no code, no git state, no
   command line, no host name, no text of the training data unless `texts` says so. API keys come from the environment or
@@ -30,10 +32,11 @@ from urllib.parse import urlparse
 
 import psutil
 
-from trainer.errors import ConfigError, StorageError
-from trainer.metrics import Row, read_jsonl, rows_with
+from trainer.errors import StorageError
+from trainer.line_tail import LineTail
+from trainer.metrics import iter_jsonl
 from trainer.wandb_alerts import AlertRules, Level, ending
-from trainer.wandb_views import allowed_config, courses, final_summary, is_media, shown
+from trainer.wandb_views import WholeRun, allowed_config, is_media, shown
 
 log = logging.getLogger("evenkeel")
 
@@ -43,6 +46,7 @@ _QUEUE_ROWS = 10_000
 _INIT_TIMEOUT_S = 10
 _END_TIMEOUT_S = 5
 _REPLAYED_MEDIA = 20
+_FOLLOWED_ROWS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,7 @@ class WandbSink:
         self._queue: queue.Queue[Mapping[str, Any] | tuple[str, str, Level] | None] = queue.Queue(_QUEUE_ROWS)
         self._media_at: dict[str, float] = {}
         self._late_media: dict[str, Any] = {}
+        self._record, self._whole, self._since_followed = LineTail(run_dir / "metrics.jsonl"), WholeRun(), 0
         self._dropped = 0
         self._warned = False
         self._thread: threading.Thread | None = None
@@ -195,6 +200,9 @@ class WandbSink:
         else:
             self._log(run, item)
             alerts = self._rules.look(item)
+            if self._since_followed % _FOLLOWED_ROWS == 0:  # at first what earlier starts have written
+                self._follow()
+            self._since_followed += 1
         for alert in alerts:
             # W&B's own limit is off: ours has spoken.
             run.alert(title=alert.title, text=alert.text, level=alert.level, wait_duration=1)
@@ -226,11 +234,19 @@ class WandbSink:
     def _finish(self, run: Any) -> None:
         for key, held in self._late_media.items():
             self._log_media(run, {"step": held["step"]}, {key: held["value"]})
-        try:
-            rows = read_jsonl(self._run_dir / "metrics.jsonl")
-        except ConfigError:
-            rows = []
-        close_run(run, rows)
+        self._follow()
+        close_run(run, self._whole)
+
+    def _follow(self) -> None:
+        """Take what the record of the run has become since the last time."""
+        while True:
+            lines, began_anew = self._record.poll()
+            if began_anew:
+                self._whole = WholeRun()
+            if not lines:
+                return
+            for line in lines:
+                self._whole.add_line(line)
 
     def _view(self, key: str, value: Any) -> Any:
         import wandb
@@ -308,20 +324,19 @@ def _kill_service() -> None:
     ending.join(_END_TIMEOUT_S)
 
 
-def close_run(run: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Send what needs the whole run, earlier starts included, and finish."""
+def close_run(run: Any, whole: WholeRun) -> None:
+    """Send what needs the whole run and finish."""
     import wandb
 
-    if rows:
-        if charts := courses(wandb, [dict(row) for row in rows]):
-            run.log({"step": rows[-1]["step"], **charts})
-        run.summary.update(final_summary([dict(row) for row in rows]))
+    if whole.step is not None:
+        if charts := whole.courses(wandb):
+            run.log({"step": whole.step, **charts})
+        run.summary.update(whole.summary())
     run.finish()
 
 
 def send_rows(
     config: WandbConfig,
-    rows: Sequence[Row],
     *,
     run_dir: Path,
     run_name: str,
@@ -331,12 +346,13 @@ def send_rows(
     """Send what a run folder has recorded and W&B does not have yet; returns how many rows that was.
 
     `everything`: also steps that are there already, in case some in the middle are missing. Heat maps and tables go
-    with at most twenty rows, first and last among them. Waits for the server.
+    with at most twenty rows, first and last among them. Waits for the server. Reads metrics.jsonl twice, row by row.
 
-    Raises StorageError if it cannot be reached.
+    Raises ConfigError if metrics.jsonl is missing or damaged, StorageError if the server cannot be reached.
     """
     import wandb
 
+    path = run_dir / "metrics.jsonl"
     try:
         run = open_run(
             config, "online", run_dir=run_dir, run_name=run_name,
@@ -345,21 +361,28 @@ def send_rows(
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise StorageError(f"W&B: cannot open the run of {run_dir}: {reason}; nothing was sent") from error
-    last = run.summary.get("step")
-    new = [row for row in rows if everything or last is None or row["step"] > last]
-    keys = next(iter(rows_with(rows, "loss")), {})
-    domains = [key.split("/")[1] for key in keys if key.startswith("domain/") and key.endswith("/tokens")]
-    view = partial(shown, wandb, domain_names=domains, table_rows=config.table_rows, texts=config.texts)
-    pictured = [row["step"] for row in new if any(map(is_media, row.values()))]
+    last = None if everything else run.summary.get("step")
+    domains: list[str] | None = None
+    pictured, whole, sent = [], WholeRun(), 0
+    for row in iter_jsonl(path):
+        if domains is None and "loss" in row:
+            domains = [key.split("/")[1] for key in row if key.startswith("domain/") and key.endswith("/tokens")]
+        if (last is None or row["step"] > last) and any(map(is_media, row.values())):
+            pictured.append(row["step"])
     pictured = pictured[:: -(-len(pictured) // _REPLAYED_MEDIA) or 1] + pictured[-1:]
-    for row in new:
+    view = partial(shown, wandb, domain_names=domains or [], table_rows=config.table_rows, texts=config.texts)
+    for row in iter_jsonl(path):
+        whole.add(row)
+        if last is not None and row["step"] <= last:
+            continue
         values = {key: value for key, value in row.items() if value is not None}
         media = {key: view(key, value) for key, value in values.items() if is_media(value) and row["step"] in pictured}
         run.log({key: view(key, value) for key, value in values.items() if not is_media(value)})
         if media:
             run.log({"step": row["step"], **media})
-    close_run(run, rows)
-    return len(new)
+        sent += 1
+    close_run(run, whole)
+    return sent
 
 
 def run_id(run_dir: Path) -> str:

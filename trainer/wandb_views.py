@@ -3,13 +3,15 @@
 `wandb` is the module, given by its one importer.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.metrics import Row
+from trainer.metrics import EvenRows, Row
 
 _COURSE_POINTS = 60
+_EVALUATION = '"eval/loss"'
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|api_?key|credentials?|access_?token|auth_?token)s?$", re.IGNORECASE)
 
 
@@ -39,41 +41,79 @@ def shown(wandb: Any, key: str, value: Any, *, domain_names: Sequence[str], tabl
     return wandb.Plotly(go.Figure(heat, layout))
 
 
-def courses(wandb: Any, rows: Sequence[Row]) -> dict[str, Any]:
-    """The course of every vector over a run, one line an element."""
-    import plotly.graph_objects as go
+class WholeRun:
+    """What is said of a run when it ends, earlier starts included, gathered from its rows; small whatever its length.
 
-    charts = {}
-    for key in vector_keys(rows):
-        held = [row for row in rows if row.get(key)]
-        stride = -(-len(held) // _COURSE_POINTS)
-        held = held[-1::-stride][::-1]  # the last one is always there
-        figure, steps = go.Figure(layout={"title": key, "xaxis": {"title": "step"}}), [row["step"] for row in held]
-        for element in range(len(held[-1][key])):
-            figure.add_scatter(x=steps, y=[row[key][element] for row in held], name=str(element))
-        charts[f"{key}/course"] = wandb.Plotly(figure)
-    return charts
-
-
-def final_summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """What a table of runs is sorted by: the best held-out loss and its step, and where balance has ended."""
-    evaluations = [row for row in rows if row.get("eval/loss") is not None]
-    if not evaluations:
-        return {}
-    best, last = min(evaluations, key=lambda row: row["eval/loss"]), evaluations[-1]
-    found = {"best/eval_loss": best["eval/loss"], "best/step": best["step"], "final/eval_loss": last["eval/loss"]}
-    if last.get("eval/maxvio_global") is not None:
-        found["final/maxvio_global"] = last["eval/maxvio_global"]
-    return found
-
-
-def vector_keys(rows: Sequence[Row]) -> list[str]:
-    """Metrics that are vectors over the same things in every row, in the order of their first rows.
-
-    Not those of samples, which are others in every step.
+    That is the best and the last evaluation, and points of the course of every vector over the same things in every
+    row: not those of samples, which are others in every step.
     """
-    keys = {key: None for row in rows for key, value in row.items() if _is_vector(value) and "/samples/" not in key}
-    return list(keys)
+
+    def __init__(self) -> None:
+        self._courses: dict[str, EvenRows] = {}
+        self._best: Row = {}
+        self._last: Row = {}
+        self._newest: Row = {}
+        self._unread = ""
+
+    def add_line(self, line: str) -> None:
+        """Take the next line of metrics.jsonl. Most hold nothing that is kept, and are not parsed."""
+        if "[" in line or _EVALUATION in line:
+            self._parse(line)
+        else:
+            self._unread = line
+
+    def add(self, row: Row) -> None:
+        """Take the next row."""
+        self._newest, self._unread = {"step": row["step"]}, ""
+        for key, value in row.items():
+            if _is_vector(value) and value and "/samples/" not in key:
+                self._courses.setdefault(key, EvenRows(_COURSE_POINTS // 2)).add({"step": row["step"], "value": value})
+        if row.get("eval/loss") is not None:
+            kept = {key: row.get(key) for key in ("step", "eval/loss", "eval/maxvio_global")}
+            self._last = kept
+            if not self._best or kept["eval/loss"] < self._best["eval/loss"]:
+                self._best = kept
+
+    def _parse(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            if isinstance(row["step"], int):
+                self.add(row)
+        except (ValueError, KeyError, TypeError):
+            return  # what a crash has cut: the view does without
+
+    @property
+    def step(self) -> int | None:
+        """The newest step; None without rows."""
+        if self._unread:
+            self._parse(self._unread)
+        return self._newest.get("step")
+
+    def courses(self, wandb: Any) -> dict[str, Any]:
+        """The course of every vector over the run, one line an element."""
+        import plotly.graph_objects as go
+
+        charts = {}
+        for key, course in self._courses.items():
+            held = course.rows()
+            figure, steps = go.Figure(layout={"title": key, "xaxis": {"title": "step"}}), [row["step"] for row in held]
+            for element in range(len(held[-1]["value"])):
+                figure.add_scatter(x=steps, y=[row["value"][element] for row in held], name=str(element))
+            charts[f"{key}/course"] = wandb.Plotly(figure)
+        return charts
+
+    def summary(self) -> dict[str, Any]:
+        """What a table of runs is sorted by: the best held-out loss and its step, and where balance has ended."""
+        if not self._best:
+            return {}
+        found = {
+            "best/eval_loss": self._best["eval/loss"],
+            "best/step": self._best["step"],
+            "final/eval_loss": self._last["eval/loss"],
+        }
+        if self._last["eval/maxvio_global"] is not None:
+            found["final/maxvio_global"] = self._last["eval/maxvio_global"]
+        return found
 
 
 def _is_vector(value: Any) -> bool:

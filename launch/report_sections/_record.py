@@ -19,12 +19,9 @@ from numpy.typing import NDArray
 
 from launch.report_sections._log import LogEvent, read_log
 from trainer.errors import ConfigError
-from trainer.metrics import Row
+from trainer.metrics import EvenRows, Row
 
 Floats = NDArray[np.float64]
-
-KEPT_ROWS = 60
-"""Rows with arrays that are kept of a run, at least; at most twice as many."""
 
 
 class Columns:
@@ -75,30 +72,6 @@ class Columns:
         """The oldest value, or None."""
         values = self.line(key)[1]
         return float(values[0]) if len(values) else None
-
-
-class EvenRows:
-    """An even selection from rows whose number is not known beforehand."""
-
-    def __init__(self, at_least: int = KEPT_ROWS) -> None:
-        self._limit, self._stride, self._seen = 2 * at_least, 1, 0
-        self._rows: list[Row] = []
-        self._last: Row | None = None
-
-    def add(self, row: Row) -> None:
-        """Take one row, or not."""
-        if self._seen % self._stride == 0:
-            self._rows.append(row)
-            if len(self._rows) > self._limit:
-                self._rows, self._stride = self._rows[::2], 2 * self._stride
-        self._last, self._seen = row, self._seen + 1
-
-    def rows(self) -> list[Row]:
-        """The selection, with the newest row at its end."""
-        kept = list(self._rows)
-        if self._last is not None and kept[-1] is not self._last:
-            kept.append(self._last)
-        return kept
 
 
 @dataclass

@@ -197,7 +197,15 @@ def test_fitted_constants_are_those_of_the_fit(name: str) -> None:
         (["--predict", "engine.precision=fp32"], "engine.precision: steps are foretold in bf16 only"),
         (["--predict", "engine.offload_optimizer=true"], "engine.offload_optimizer: is not foretold"),
         (["--predict", "engine.sequence_parallel_size=2"], "engine.sequence_parallel_size: is not foretold"),
-        (["--predict", "--nodes", "7"], "global_batch_size: 4608 is not divisible by"),
+        (
+            ["--predict", "--nodes", "7"],
+            "global_batch_size: 4608 is not divisible by 56 ranks, in no layout; for instance 4648",
+        ),
+        (["--predict", "--nodes", "1024"], "train.global_batch_size: 4608 is not divisible by 8192 ranks"),
+        (
+            ["--predict", "profile.trace_steps=[3]", "profile.trace_ranks=[9]"],
+            "profile.trace_ranks: there is no rank 9",
+        ),
     ],
 )
 def test_wrong_questions_get_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +213,33 @@ def test_wrong_questions_get_one_line(arguments: list[str], line: str, capsys: p
     captured = capsys.readouterr()
     assert line in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--nodes", "64"], "train.global_batch_size: 4608 is not divisible by micro_batch_size x ranks = 2 x 512"),
+        (["--nodes", "12", "engine.expert_parallel_size=64"], "expert_parallel_size: 64 does not divide"),
+    ],
+)
+def test_a_layout_that_does_not_fit_so_many_ranks_is_replaced(
+    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    command = [str(ROOT / "configs/16b-a3b.yaml"), "--predict", *arguments]
+    assert run_command(dryrun.main, command) == 0
+    shown = capsys.readouterr().out
+    line = shown.splitlines()[0]
+    assert line.startswith("as configured it does not run on ")
+    assert why in line
+    assert line.endswith("What follows is the fastest layout that fits.")
+    (recommended,) = re.findall(r"recommended: ((?:[\w.]+=\S+\s+){4})", shown)
+    assert "last row: as configured" not in shown
+    assert run_command(dryrun.main, [*command, *recommended.split()]) == 0
+    taken = capsys.readouterr().out
+    assert "does not run" not in taken
+    seconds = re.compile(r"│ all +│ +([\d.]+) │ +│$", re.MULTILINE)
+    assert seconds.findall(taken) == seconds.findall(shown) != [], "the tables are those of what is recommended"
 
 
 def test_a_model_too_large_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,13 @@ from launch import evaluate, report, theory, watch
 from launch._cli import run_command
 from launch.report_sections._log import event_of
 from launch.report_sections._parts import MAX_POINTS, digits, evenly, means, thin
-from launch.report_sections._record import EvenRows, RunRecord
+from launch.report_sections._record import RunRecord
 from launch.report_sections.events import events_of
 from moe.score_sample import load_scores
 from tests.harness import ROOT, rows, run, tiny_config
 from tests.launch.run_folders import evaluation, links_out, training_rows, write_grid, write_run
 from trainer.data.config import DataConfig
+from trainer.metrics import EvenRows
 
 
 @pytest.fixture(scope="module")

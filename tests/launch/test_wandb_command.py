@@ -12,6 +12,7 @@ import pytest
 
 from launch._cli import run_command
 from launch.wandb import main
+from tests import long_record
 from tests.faults.faultkit import Job
 from tests.harness import deterministic, environment, rows, run, tiny_config
 from tests.trainer.test_wandb import online
@@ -86,6 +87,33 @@ def test_a_server_that_misbehaves_does_not_hold_the_run_up(mood: str, tmp_path: 
     config = tiny_config(untouched, data_config, train={"steps": 12})
     assert run("launch.train", str(config)).returncode == 0
     assert deterministic(run_dir) == deterministic(untouched / "run")
+
+
+def test_a_long_record_is_sent_row_by_row(
+    tmp_path: Path, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it but the last two steps is there already; the final values are those of the whole run."""
+    run_dir = tmp_path / "run"
+    tiny_config(run_dir, data_config)
+    long_record.write(run_dir / "metrics.jsonl")
+    with wandb_server() as server:
+        for name, value in online(server.url).items():
+            monkeypatch.setenv(name, value)
+        end_service()
+        other = tmp_path / "other"
+        tiny_config(other, data_config)
+        (other / "wandb-id").write_text(f"{run_id(run_dir)}\n")
+        (other / "metrics.jsonl").write_text(json.dumps({"step": long_record.STEPS - 2, "loss": 1.0}) + "\n")
+        assert run_command(main, ["sync", str(other)]) == 0
+        end_service()
+        with long_record.in_little_memory():
+            assert run_command(main, ["sync", str(run_dir)]) == 0
+        total = len((run_dir / "metrics.jsonl").read_text().splitlines())
+        assert f"3 of {total} rows sent" in capsys.readouterr().out, "two steps and an evaluation"
+        summary = server.summary(run_id(run_dir))
+        end_service()
+    assert (summary["best/eval_loss"], summary["best/step"]) == (2.0, long_record.BEST_STEP)
+    assert summary["final/eval_loss"] == long_record.evaluation(long_record.STEPS)["eval/loss"]
 
 
 def test_what_the_official_command_syncs(tmp_path: Path, data_config: DataConfig) -> None:

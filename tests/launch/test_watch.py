@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from launch import watch
 from launch._cli import run_command
-from launch._tail import LineTail
 from launch._watch_run import RunView, clock, sparkline
 from launch.report_sections._record import in_use
+from tests import long_record
 from tests.harness import ROOT, command, environment
 from tests.launch.run_folders import evaluation, training_rows, write_grid, write_run
+from trainer.line_tail import LineTail
 
 
 def once(capsys: pytest.CaptureFixture[str], folder: Path, width: int = 110) -> str:
@@ -93,6 +94,28 @@ def test_lines_come_once_and_whole_however_they_are_written(tmp_path_factory: py
         assert not began_anew
         seen += new
     assert seen == lines
+
+
+def test_a_long_run_is_read_a_block_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert long_record.write(tmp_path / "run" / "metrics.jsonl") > 20 << 20
+    view = RunView(tmp_path / "run")
+    with long_record.in_little_memory():
+        assert view.poll()
+    assert (view.run.last_step, view.run.steps.count) == (long_record.STEPS, long_record.STEPS)
+    assert not view.poll()
+
+
+def test_a_line_longer_than_a_block_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.line_tail._BLOCK_BYTES", 4)
+    (tmp_path / "file").write_text("a\nbb\n" + "c" * 21 + "\nd\nhalf")
+    tail, seen = LineTail(tmp_path / "file"), []
+    while lines := tail.poll()[0]:
+        seen.append(lines)
+    assert seen == [["a"], ["bb"], ["c" * 21], ["d"]]
+    with (tmp_path / "file").open("a") as file:
+        file.write(" a line\n")
+    assert tail.poll() == (["half a line"], False)
 
 
 def test_a_file_that_was_cut_or_replaced_begins_anew(tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from launch import compare
 from launch._cli import run_command
+from tests import long_record
 from trainer.errors import ConfigError, StorageError
-from trainer.metrics import JsonlLog, MetricBuffer, Parcel, read_jsonl
+from trainer.metrics import JsonlLog, MetricBuffer, Parcel, newest_first, read_jsonl
 from trainer.progress import ProgressDisplay, figures
 from trainer.run_summary import summarize, summary_table
 from trainer.telemetry import StepTelemetry
@@ -142,6 +145,34 @@ def test_a_file_of_a_million_steps_is_cut_at_once(tmp_path: Path) -> None:
     with path.open("rb") as file:
         file.seek(-100, os.SEEK_END)
         assert json.loads(file.read().splitlines()[-1])["step"] == 10**6 - 500
+
+
+@given(
+    st.lists(st.text("ab\n\u2028é", max_size=40), max_size=12), st.sampled_from(["", "\n", '\n{"step": 9, "lo']),
+    st.integers(1, 50),
+)  # fmt: skip
+def test_from_its_end_a_file_has_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], end: str, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "m.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"step": n, "text": text}) for n, text in enumerate(texts)) + end * bool(texts)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.metrics._BLOCK_BYTES", block)
+        assert list(newest_first(path)) == read_jsonl(path)[::-1]
+
+
+def test_what_was_measured_last_is_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    long_record.write(path)
+    with long_record.in_little_memory(1 << 20):
+        assert next(row for row in newest_first(path) if "loss" in row)["step"] == long_record.STEPS
+    path.write_text('{"step": 1}\n{oops\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match="a line is not JSON"):
+        list(newest_first(path))
+    with pytest.raises(ConfigError, match="name a run folder"):
+        next(newest_first(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("step", range(-1, 9))

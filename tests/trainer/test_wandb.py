@@ -6,15 +6,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests import long_record
 from tests.wandb_files import config_of, records, values_of
 from tests.wandb_server import WandbServer, wandb_server
 from trainer.errors import NumericError, StorageError
 from trainer.metrics import JsonlLog
 from trainer.wandb_alerts import ending
 from trainer.wandb_sink import ID_FILE, WandbConfig, WandbSink, end_service, run_id
+from trainer.wandb_views import WholeRun
 
 CONFIG = {
     "seed": 1,
@@ -211,3 +215,79 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
     sink_rows(tmp_path, WandbConfig(mode="disabled"))
     assert not (tmp_path / "wandb").exists()
     assert not (tmp_path / ID_FILE).exists()
+
+
+def test_the_end_of_a_long_run_is_soon_told_and_takes_little_memory(tmp_path: Path) -> None:
+    """Started again near its end: what earlier starts have recorded is in the final values all the same."""
+    path = tmp_path / "metrics.jsonl"
+    assert long_record.write(path) > 20 << 20
+    config = WandbConfig(mode="offline", system_metrics=False)
+    with long_record.in_little_memory():
+        sink = WandbSink(config, run_dir=tmp_path, run_name="test", resolved_config={})
+        for step in (long_record.STEPS + 1, long_record.STEPS + 2):
+            row = {"step": step, "loss": 2.0}
+            JsonlLog(path).append([row])
+            sink.log(row)
+        sink.close(30)
+    folder = offline_run(tmp_path)
+    found = records(next(folder.glob("*.wandb")))
+    summary = {key: value for record in found for key, value in values_of(record.summary.update).items()}
+    assert (summary["best/eval_loss"], summary["best/step"]) == (2.0, long_record.BEST_STEP)
+    assert summary["final/eval_loss"] == long_record.evaluation(long_record.STEPS)["eval/loss"]
+    assert summary["final/maxvio_global"] == 0.5
+    history = [values_of(record.history.item) for record in found if record.HasField("history")]
+    assert max(int(row["step"]) for row in history if "step" in row) == history[-1]["step"] == long_record.STEPS + 2
+    courses = [json.loads(path.read_text())["data"] for path in folder.rglob("*.plotly.json") if "course" in str(path)]
+    assert len(courses) == 3
+    for course in courses:
+        assert course[0]["x"] == list(range(long_record.EVERY, long_record.STEPS + 1, long_record.EVERY))
+        assert course[7]["y"] == [step + 1 for step in course[0]["x"]]
+
+
+def test_rows_that_were_dropped_are_in_the_final_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    monkeypatch.setattr("trainer.wandb_sink._QUEUE_ROWS", 1)
+    sink = WandbSink(WandbConfig(mode="online"), run_dir=tmp_path, run_name="test", resolved_config={})
+    for step in range(1, 51):
+        row = {"step": step, "eval/loss": abs(step - 40.0)}
+        JsonlLog(tmp_path / "metrics.jsonl").append([row])
+        sink.log(row)
+    sink.close(30)
+    assert server.summary(run_id(tmp_path))["best/step"] == 40
+    assert server.summary(run_id(tmp_path))["final/eval_loss"] == 10
+
+
+def test_what_is_said_of_a_whole_run_is_what_its_rows_hold() -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "eval/loss": 5.0, "eval/maxvio_global": 2.0, "bias": [0.0, None], "loads": [[1.0]]},
+        {"step": 1, "loss": 4.0, "reweight/samples/loss": [1.0, 2.0], "mine": [7]},
+        {"step": 2, "loss": 3.0, "empty": [], "mine": [8]},
+        {"step": 2, "eval/loss": 3.0, "eval/maxvio_global": 1.0, "bias": [0.5, 1.0], "reweight/documents": [{"a": 1}]},
+        {"step": 4, "eval/loss": 3.0, "eval/maxvio_global": None, "bias": [0.25, 0.5]},
+        {"step": 5, "loss": 1.0},
+    ]
+    parsed, lines = WholeRun(), WholeRun()
+    assert (parsed.step, parsed.summary()) == (None, {})
+    for row in rows:
+        parsed.add(row)
+        lines.add_line(json.dumps(row))
+    lines.add_line('{"step": 6, "bias": [0.')
+    for whole in (parsed, lines):
+        assert whole.step == 5
+        assert whole.summary() == {"best/eval_loss": 3.0, "best/step": 2, "final/eval_loss": 3.0}
+        charts = {key: figure.data for key, figure in whole.courses(SimpleNamespace(Plotly=lambda each: each)).items()}
+        assert list(charts) == ["bias/course", "mine/course"]
+        assert [(line.x, line.y) for line in charts["bias/course"]] == [
+            ((0, 2, 4), (0.0, 0.5, 0.25)), ((0, 2, 4), (None, 1.0, 0.5)),
+        ]  # fmt: skip
+        assert [(line.x, line.y) for line in charts["mine/course"]] == [((1, 2), (7, 8))]
+
+
+def test_courses_stay_small_and_end_where_the_run_does() -> None:
+    whole = WholeRun()
+    for step in range(10_000):
+        whole.add({"step": step, "bias": [step]})
+    (figure,) = whole.courses(SimpleNamespace(Plotly=lambda each: each)).values()
+    assert 30 <= len(figure.data[0].x) <= 61
+    assert (figure.data[0].x[0], figure.data[0].x[-1]) == (0, 9999)

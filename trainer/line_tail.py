@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 _REMEMBERED = 512  # bytes before the end of what was read, to see that they are still the same
+_BLOCK_BYTES = 1 << 20
 
 
 class LineTail:
@@ -17,23 +18,28 @@ class LineTail:
         self._inode, self._offset, self._end, self._half = -1, 0, b"", b""
 
     def poll(self) -> tuple[list[str], bool]:
-        """New complete lines, and whether the file is another one than before, so that they begin anew.
+        """The next complete lines, and whether the file is another one than before, so that they begin anew.
 
+        At most about a MiB of lines, or a single one that is longer: whoever wants all asks until there are none.
         A file that is missing gives nothing.
         """
+        began_anew = False
         try:
             with self._path.open("rb") as file:
                 began_anew = self._offset > 0 and not self._goes_on(file.fileno())
                 if began_anew:
                     self._forget()
-                file.seek(self._offset)
-                text = file.read()
                 self._inode = os.fstat(file.fileno()).st_ino
+                file.seek(self._offset)
+                while block := file.read(_BLOCK_BYTES):
+                    self._offset += len(block)
+                    self._end = (self._end + block)[-_REMEMBERED:]
+                    self._half += block
+                    if b"\n" in block:
+                        break
         except OSError:
-            return [], False
-        self._offset += len(text)
-        self._end = (self._end + text)[-_REMEMBERED:]
-        *lines, self._half = (self._half + text).split(b"\n")
+            return [], began_anew
+        *lines, self._half = self._half.split(b"\n")
         return [line.decode(errors="replace") for line in lines], began_anew
 
     def _goes_on(self, descriptor: int) -> bool:
