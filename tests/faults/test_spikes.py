@@ -14,10 +14,10 @@ pytestmark = pytest.mark.slow
 REWIND = {"policy": "rewind", "window": 8, "patience": 2, "rewind_steps": 2, "max_rewinds": 1}
 
 
-def config_of(folder: Path, data: DataConfig, **spikes: object) -> Path:
+def config_of(folder: Path, data: DataConfig, every: int = 2, **spikes: object) -> Path:
     return tiny_config(
         folder, data, train={"steps": 18, "micro_batch_size": 4, "spikes": spikes}, evaluation={"every": 0},
-        checkpoint={"every": 2, "keep": 3},
+        checkpoint={"every": every, "keep": 3},
     )  # fmt: skip
 
 
@@ -81,6 +81,19 @@ def test_spikes_without_end_are_exit_4(tmp_path: Path, data_config: DataConfig) 
     assert job.end() == 4, job.log[-3000:]
     assert "loss spikes again after 1 rewinds" in job.errors[0]
     assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.fault(13, "loss spikes before any checkpoint is old enough")
+def test_spikes_from_which_there_is_no_way_back_are_skipped(tmp_path: Path, data_config: DataConfig) -> None:
+    early = REWIND | {"rewind_steps": 4, "max_rewinds": 2}  # the first checkpoint is of step 6
+    faults = ",".join(f"scale=1000@0:{step}:forward" for step in (9, 10, 11, 14, 15))
+    config = config_of(tmp_path, data_config, every=6, **early)
+    job = Job(config, tmp_path / "run", ranks=0, fault=faults)
+    assert job.end() == 0, job.log[-3000:]
+    assert [step for step, done in applied(tmp_path / "run").items() if not done] == [9, 10, 11, 14, 15]
+    assert job.log.count("no checkpoint is old enough to go back to") == 1, "once a row"
+    assert "step 10: 2 spikes in a row, but no checkpoint is old enough" in job.log
+    assert "step 15: 2 spikes in a row; weights, optimizer and hooks went back to step 6" in job.log
 
 
 @pytest.mark.fault(13, "loss spike, policies log and skip")
