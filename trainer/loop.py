@@ -9,7 +9,7 @@ Decisions:
 - Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved. So is the failure of a
   checkpoint that a thread was writing.
 - Going back after loss spikes turns the steps since a checkpoint into skipped ones: counters of data go on, weights,
-  optimizer and hooks return (trainer/spikes.py).
+  optimizer and hooks return, and so does the mixture that a hook had asked for (trainer/spikes.py).
 - A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
 - Python's garbage is collected after a step, at the same ones on every rank (trainer/garbage.py).
@@ -358,6 +358,8 @@ class Trainer:
         state.skipped_in_a_row = state.spikes_in_a_row = 0
         state.rewinds += 1
         self.telemetry.restore_average(state)
+        if isinstance(self.corpus.plan, OnlinePlan):
+            self.corpus.plan.return_to(then.plan, steps_done=state.step)
         if ranks.is_main():
             log.warning(
                 "step %d: %d spikes in a row; weights, optimizer and hooks went back to step %d, samples %d to %d do "
