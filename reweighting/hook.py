@@ -98,8 +98,8 @@ class SampleReweightConfig:
         except ConfigError as error:
             found.append(f"strategy: {error}")
         else:
-            if not strategy.normalized and self.alpha != SampleReweightConfig().alpha:
-                found.append(f"alpha: strategy {self.strategy} does not read it; remove it")
+            if not strategy.depends_on_alpha and self.alpha != SampleReweightConfig().alpha:
+                found.append(f"alpha: strategy {self.strategy} does not depend on it; remove it")
             if not strategy.normalized and self.reference != ReferenceConfig():
                 found.append(f"reference: strategy {self.strategy} weighs raw losses; remove it")
         if self.cap and not (math.isfinite(self.cap) and self.cap >= 1):
@@ -129,6 +129,11 @@ class SampleReweightHook(Hook):
         self.frozen_problem = (
             "hooks.sample_reweight.cap and ess_floor need all losses of the step; remove them"
             if config.cap or config.ess_floor
+            else ""
+        )
+        self.exact_problem = (
+            "hooks.sample_reweight.frozen: is read only with train.accumulation frozen; remove it"
+            if config.frozen != FrozenConfig()
             else ""
         )
         self._run: RunContext

@@ -91,7 +91,6 @@ def test_frozen_weights_fit_into_float32_and_so_do_their_squares(
     strategy: str, alpha: float, r: float, now: list[float]
 ) -> None:
     """Whatever losses come after statistics of others: gradients are accumulated at their scale."""
-    alpha = 1.0 if strategy == "linear" else alpha
     hook = started(is_frozen=True, strategy=strategy, alpha=alpha, temperature=TemperatureConfig(value=r))
     run_step(hook, step_of(losses(0)))
     weigh = hook.frozen_weights(1)
@@ -104,7 +103,6 @@ def test_frozen_weights_fit_into_float32_and_so_do_their_squares(
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("alpha", [1.0, 100.0])
 def test_the_sample_that_counts_most_has_the_frozen_weight_one(strategy: str, alpha: float) -> None:
-    alpha = 1.0 if strategy == "linear" else alpha
     hook = started(is_frozen=True, strategy=strategy, alpha=alpha, temperature=TemperatureConfig(value=0.4))
     run_step(hook, step_of(torch.tensor([2.0, 3.0, 4.0]).double()))
     weigh = hook.frozen_weights(1)
@@ -200,6 +198,7 @@ def test_cap_and_floor_are_options_that_frozen_refuses() -> None:
     assert SampleReweightHook(SampleReweightConfig(cap=2.0)).frozen_problem
     assert SampleReweightHook(SampleReweightConfig(ess_floor=0.5)).frozen_problem
     assert not SampleReweightHook(SampleReweightConfig()).frozen_problem
+    assert not SampleReweightHook(SampleReweightConfig()).exact_problem
     step = run_step(started(cap=1.0), step_of(losses(0)))
     torch.testing.assert_close(step.weights_B, torch.full((8,), 1 / 8))
 
@@ -210,7 +209,9 @@ def test_cap_and_floor_are_options_that_frozen_refuses() -> None:
         ({"strategy": "linuper"}, "strategy: unknown strategy 'linuper'; did you mean 'linupper'?"),
         ({"strategy": "tests.dist.hooks:no_such"}, "strategy: 'tests.dist.hooks:no_such' cannot be imported"),
         ({"strategy": "tests.dist.hooks:Thief"}, "strategy: 'tests.dist.hooks:Thief' fails on normalised losses"),
-        ({"strategy": "linear", "alpha": 2.0}, "alpha: strategy linear does not read it"),
+        ({"strategy": "linear", "alpha": 2.0}, "alpha: strategy linear does not depend on it"),
+        ({"strategy": "quadratic", "alpha": 2.0}, "alpha: strategy quadratic does not depend on it"),
+        ({"strategy": "uniform", "alpha": 2.0}, "alpha: strategy uniform does not depend on it"),
         ({"strategy": "linear", "reference": ReferenceConfig(kind="running")}, "reference: strategy linear weighs raw"),
         ({"cap": 0.5}, "cap: 0.5 must be at least 1"),
         ({"ess_floor": 1.0}, "ess_floor: 1.0 must be in [0, 1)"),
