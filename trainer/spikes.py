@@ -50,6 +50,12 @@ class SpikeConfig:
         for name in ("deviations", "least_rise"):
             if not 0 < getattr(self, name) < float("inf"):
                 found.append(f"{name}: {getattr(self, name)} must be positive and finite")
+        most = (self.window + 1) // 2
+        if self.policy == "rewind" and self.patience > most:
+            found.append(
+                f"patience: a loss that stays high is the normal after half a window, {most} spikes in a row, before "
+                f"{self.patience} could make the run go back; lower this or raise window"
+            )
         return found
 
     @property

@@ -64,6 +64,18 @@ def test_a_loss_that_stays_high_becomes_the_normal() -> None:
     assert state.recent_losses == [5.0] * 16
 
 
+@pytest.mark.parametrize("window", range(8, 20))
+def test_patience_beyond_what_a_loss_that_stays_high_can_reach_is_refused(window: int) -> None:
+    watch = SpikeWatch(SpikeConfig(policy="skip", window=window), TrainState(recent_losses=[2.0] * window))
+    seen = 0
+    while watch.judge(9.0)[0]:
+        watch.note(9.0, is_spike=True)
+        seen += 1
+    assert not SpikeConfig(policy="rewind", window=window, patience=seen).problems()
+    (problem,) = SpikeConfig(policy="rewind", window=window, patience=seen + 1).problems()
+    assert problem.startswith(f"patience: a loss that stays high is the normal after half a window, {seen} spikes")
+
+
 def test_patience_counts_spikes_in_a_row_and_a_nan_ends_the_row() -> None:
     state = TrainState(recent_losses=[2.0] * 16)
     watch = SpikeWatch(CONFIG, state)
