@@ -49,6 +49,8 @@ def resolve_hooks(
     else:
         if is_frozen and built.frozen_problem and not problems:
             problems.append(f"train.accumulation: frozen cannot be used: {built.frozen_problem}")
+        if not is_frozen:
+            problems += built.exact_problems
         if has_phases and built.sets_sampling:
             problems.append("data.phases: a hook sets the weights of the sampling; remove the phases or the hook")
     return resolved, problems

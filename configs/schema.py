@@ -88,11 +88,14 @@ class RunConfig:
         if self.model.compile:
             found += self._compile_problems()
         if self.train.spikes.policy == "rewind":
-            reach = (self.checkpoint.keep - 1) * self.checkpoint.every
-            if reach < self.train.spikes.rewind_steps:
+            spikes, reach = self.train.spikes, (self.checkpoint.keep - 1) * self.checkpoint.every
+            if self.checkpoint.every == 0:
+                found.append("train.spikes.policy: rewind needs checkpoints to go back to; set checkpoint.every")
+            elif reach < spikes.reach:
                 found.append(
-                    f"train.spikes.rewind_steps: {self.train.spikes.rewind_steps} steps back there may be no "
-                    f"checkpoint left: checkpoint.keep - 1 times checkpoint.every is {reach}; raise one of them"
+                    f"train.spikes.rewind_steps: {spikes.rewind_steps} steps before {spikes.patience} spikes in a row "
+                    f"there may be no checkpoint left: checkpoint.keep - 1 times checkpoint.every is {reach}, rewind_"
+                    f"steps + patience - 2 is {spikes.reach}; raise one of the former"
                 )
         if self.train.accumulation == "frozen" and (self.model.aux_loss.any or self.model.has_mtp):
             found.append(

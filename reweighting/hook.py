@@ -39,6 +39,9 @@ from trainer.hooks import (
 )
 from trainer.host_waits import host_may_wait
 
+_MAX_EXPONENT = 30.0
+"""Of frozen weights, up and down: a gradient has their scale until the end of the step, and its norm squares it in
+float32. One sample beyond has all the weight, or none, either way; of several the audit tells."""
 _FROZEN_DECAY = 0.9  # of the ends of the loss scale that frozen steps use: losses drift slowly, batches are noisy
 
 
@@ -95,8 +98,8 @@ class SampleReweightConfig:
         except ConfigError as error:
             found.append(f"strategy: {error}")
         else:
-            if not strategy.normalized and self.alpha != SampleReweightConfig().alpha:
-                found.append(f"alpha: strategy {self.strategy} does not read it; remove it")
+            if not strategy.depends_on_alpha and self.alpha != SampleReweightConfig().alpha:
+                found.append(f"alpha: strategy {self.strategy} does not depend on it; remove it")
             if not strategy.normalized and self.reference != ReferenceConfig():
                 found.append(f"reference: strategy {self.strategy} weighs raw losses; remove it")
         if self.cap and not (math.isfinite(self.cap) and self.cap >= 1):
@@ -120,10 +123,17 @@ class SampleReweightHook(Hook):
     def __init__(self, config: SampleReweightConfig) -> None:
         self._config = config
         self._strategy = find_strategy(config.strategy)
+        grid_Q = torch.linspace(-config.alpha, config.alpha, 65, dtype=torch.float64)
+        self._highest_score = float(self._strategy.score(grid_Q, config.alpha).max())  # if it is of normalised losses
         self.weighs = config.weigh
         self.frozen_problem = (
             "hooks.sample_reweight.cap and ess_floor need all losses of the step; remove them"
             if config.cap or config.ess_floor
+            else ""
+        )
+        self.exact_problem = (
+            "hooks.sample_reweight.frozen: is read only with train.accumulation frozen; remove it"
+            if config.frozen != FrozenConfig()
             else ""
         )
         self._run: RunContext
@@ -186,7 +196,7 @@ class SampleReweightHook(Hook):
             self._frozen_steps += 1
 
     def frozen_weights(self, applied_steps: int) -> FrozenWeights | None:
-        """exp((score - largest score) / r) with the loss scale of the steps so far; None until there were any."""
+        """exp((score - highest score) / r) with the loss scale of the steps so far; None until there were any."""
         config, strategy, r = self._config, self._strategy, self._temperature(applied_steps)
         is_running = config.reference.kind == "running"
         known_steps = self._window_steps if is_running else self._frozen_steps
@@ -196,12 +206,13 @@ class SampleReweightHook(Hook):
             ends = histogram_range(self._histogram_Q, config.reference.quantile)
         else:
             ends = LossRange(self._low, self._high)
-        # Any constant will do that keeps exponents small: scores of normalised losses are at most about alpha.
-        offset = torch.as_tensor(config.alpha) if strategy.normalized else ends.high
+        # Any constant will do that keeps exponents small. Without a spread all scores of normalised losses are 0.
+        highest = torch.where(ends.is_spread, self._highest_score, 0.0) if strategy.normalized else ends.high
 
         def weigh(losses_s: Tensor, valid_s: Tensor) -> Tensor:
             scores_s = sample_scores(losses_s, valid_s, strategy, config.alpha, ends)
-            return torch.where(valid_s, ((scores_s - offset) / r).exp(), 0.0)
+            exponents_s = ((scores_s - highest) / r).clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
+            return torch.where(valid_s, exponents_s.exp(), 0.0)
 
         return weigh
 

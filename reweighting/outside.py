@@ -51,7 +51,8 @@ class SampleWeigher:
     `strategy`, and further `settings` such as cap, ess_floor, reference: see SampleReweightConfig. `temperature`: a
     number, or a TemperatureConfig whose clock is the applied steps. `normalization`: whether every token of a sample
     counts by the sample's weight (`tokens`; uniform weights are then the usual mean over tokens) or every sample
-    whatever its length (`samples`). `total_steps`: length of the run, for temperatures that move over it.
+    whatever its length (`samples`). `total_steps`: length of the run, for temperatures that move over it; it may come
+    later, by `start`, which is what the Trainer's mixin does.
 
     Raises ConfigError for settings that are inconsistent, or that need the project's own loop.
     """
@@ -85,6 +86,7 @@ class SampleWeigher:
         self.metrics: dict[str, Tensor | float] = {}
         """Of the last step: loss (unweighted), loss/weighted, reweight/ess, reweight/max_weight and so on."""
         self._normalization = normalization
+        self._needs_length = temperature.needs_length
         self._hook = SampleReweightHook(config)
         self._applied_steps = 0
         self._step: StepContext | None = None
@@ -106,6 +108,11 @@ class SampleWeigher:
         if losses_S.shape != tokens_S.shape or losses_S.dim() != 1:
             raise ConfigError(
                 f"weigher: got losses {tuple(losses_S.shape)}, tokens {tuple(tokens_S.shape)}; need one each"
+            )
+        if self._needs_length and self.total_steps < 1:
+            raise ConfigError(
+                "weigher: total_steps: a temperature that moves over the run needs its length: give the optimizer "
+                "steps when the weigher is made, or to start(total_steps=...)"
             )
         if self._step is not None:
             raise ConfigError(

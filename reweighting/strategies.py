@@ -27,6 +27,8 @@ class Strategy(NamedTuple):
     score: Score
     normalized: bool = True
     """True if it takes normalised losses h in [-a, a]; False if it takes the losses themselves."""
+    depends_on_alpha: bool = True
+    """False if scores are the same whatever a is."""
 
 
 def linupper(h_B: Tensor, a: float) -> Tensor:
@@ -56,10 +58,10 @@ def linear(losses_B: Tensor, a: float) -> Tensor:
 
 STRATEGIES: dict[str, Strategy] = {
     "linupper": Strategy(linupper),
-    "quadratic": Strategy(quadratic),
+    "quadratic": Strategy(quadratic, depends_on_alpha=False),
     "extremes": Strategy(extremes),
-    "uniform": Strategy(uniform),
-    "linear": Strategy(linear, normalized=False),
+    "uniform": Strategy(uniform, depends_on_alpha=False),
+    "linear": Strategy(linear, normalized=False, depends_on_alpha=False),
 }
 
 

@@ -35,7 +35,7 @@ class TemperatureConfig:
         for name in ("skip_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 found.append(f"{name}: {getattr(self, name)} is negative")
-        falls = self.shape in ("linear", "cosine")
+        falls = self.needs_length
         if falls and not (math.isfinite(self.final) and self.final > 0):
             found.append(f"final: {self.final} must be finite and positive for shape {self.shape}")
         if not falls and self.final:
@@ -54,6 +54,11 @@ class TemperatureConfig:
         elif self.points:
             found.append(f"points: shape {self.shape} does not read them; set shape to piecewise or remove them")
         return found
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the course is known only with the length of the run."""
+        return self.shape in ("linear", "cosine")
 
 
 def temperature(config: TemperatureConfig, applied_steps: int, total_steps: int = 0) -> float:

@@ -144,13 +144,13 @@ class CheckpointStore:
         """Whether the save under way has come to an end that `finish` will raise."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
-    def newest_before(self, step: int) -> Path:
-        """The newest intact checkpoint of `step` or before; every rank calls it. Raises CheckpointError if none is."""
+    def newest_before(self, step: int) -> Path | None:
+        """The newest intact checkpoint of `step` or before, None if there is none; every rank calls it.
+
+        Raises CheckpointError if there are such checkpoints but none is intact.
+        """
         self.finish()
-        folder = newest_intact(self._root, last_step=step)
-        if folder is None:
-            raise CheckpointError(f"{self._root}: there is no checkpoint of step {step} or before to go back to")
-        return folder
+        return newest_intact(self._root, last_step=step)
 
     def discard(self, first: int, last: int) -> None:
         """Delete the checkpoints between two steps, neither included: their weights turned out to be no good."""

@@ -22,16 +22,19 @@ def adopt_process_group() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device().type == "cuda" else "gloo")
 
 
-def zero_option_problems(options: dict[str, Any]) -> list[str]:
-    """What DeepSpeed's own schema of its `zero_optimization` table has against these keys, one line each."""
+def read_zero_options(options: dict[str, Any], *, stage: int) -> tuple[dict[str, Any], list[str]]:
+    """Keys of the `zero_optimization` table as DeepSpeed reads them, and what its schema has against them.
+
+    The latter one line each, with nothing read then.
+    """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**options)
+        table = DeepSpeedZeroConfig(stage=stage, **options)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-    return []
+        return {}, [f"{'.'.join(map(str, ('zero_options', *item['loc'])))}: {item['msg']}" for item in error.errors()]
+    return {key: getattr(table, key) for key in options if hasattr(table, key)}, []
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

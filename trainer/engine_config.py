@@ -12,10 +12,31 @@ from trainer import deepspeed_door, ranks
 
 _REFUSED_ZERO_KEYS = {
     **dict.fromkeys(
-        ("stage", "reduce_bucket_size", "offload_param", "offload_optimizer"),
-        "is set by another field of engine; remove it",
+        ("stage", "reduce_bucket_size", "offload_optimizer"), "is set by another field of engine; remove it"
     ),
+    # DeepSpeed's old names: an offload that we do not know of would keep a bad gradient and skip every later step.
+    **dict.fromkeys(
+        ("cpu_offload", "cpu_offload_use_pin_memory"), "is set by engine.offload_optimizer; use that instead"
+    ),
+    **dict.fromkeys(
+        ("offload_param", "cpu_offload_param"), "offload of parameters is not supported; use engine.offload_optimizer"
+    ),
+    "compute_grad_norm": "must stay true, for clipping and the metric grad_norm need the norm; remove it",
+    "zenflow": "would step a part of the weights later than the step it belongs to; remove it",
+    "legacy_stage1": "is of a DeepSpeed that is no more; remove it",
     "allgather_bucket_size": "has no effect: torch gathers a group of parameters in one collective; remove it",
+    "save_muon_momentum_buffer_in_memory": "has no effect: the optimizer is AdamW; remove it",
+    **dict.fromkeys(
+        (
+            "load_from_fp32_weights",
+            "elastic_checkpoint",
+            "pipeline_loading_checkpoint",
+            "gather_16bit_weights_on_model_save",
+            "stage3_gather_16bit_weights_on_model_save",
+            "stage3_gather_fp16_weights_on_model_save",
+        ),
+        "has no effect: checkpoints are not DeepSpeed's; remove it",
+    ),
 }
 _ROUND_ROBIN = (
     "zero_options.round_robin_gradients: DeepSpeed would deal parameters to ranks in another order than it says, and a "
@@ -82,7 +103,7 @@ class EngineConfig:
             found.append(f"bucket_elements: {self.bucket_elements} is negative; use 0 to have it chosen")
         if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
             found.append(f"collective_timeout_s: {self.collective_timeout_s} must be a positive number of seconds")
-        if self.zero_options:
+        if self.zero_options and self.zero_stage in (0, 1, 2, 3):
             found += self._zero_option_problems()
         return found
 
@@ -90,15 +111,15 @@ class EngineConfig:
         refused = sorted(_REFUSED_ZERO_KEYS.keys() & self.zero_options.keys())
         if refused:
             return [f"zero_options.{key}: {_REFUSED_ZERO_KEYS[key]}" for key in refused]
-        found = [f"zero_options.{line}" for line in deepspeed_door.zero_option_problems(self.zero_options)]
-        if self.zero_options.get("round_robin_gradients"):
+        options, found = deepspeed_door.read_zero_options(self.zero_options, stage=self.zero_stage)
+        if options.get("round_robin_gradients"):
             found.append(_ROUND_ROBIN)
         if self.expert_parallel_size > 1:
             found += [
                 f"zero_options.{key}: with expert_parallel_size above 1 DeepSpeed would reduce experts over ranks that "
                 "hold others; remove it"
                 for key in ("contiguous_gradients", "reduce_scatter")
-                if self.zero_options.get(key) is False
+                if options.get(key) is False
             ]
         return found
 

@@ -185,6 +185,8 @@ class Hook:
     """What one sample is to the owner of the weights."""
     frozen_problem: str = "sets no weights"
     """Why this hook cannot do with weights that are fixed before the step; empty if it can (see `frozen_weights`)."""
+    exact_problem: str = ""
+    """Which of its options are of use only with such weights, in a run without them; empty if none is."""
     version: int = 1
     """Version of `state_dict`; raise it when the layout changes."""
 
@@ -308,6 +310,11 @@ class HookList:
         if any(hook.needs_batch_losses and hook is not owner for hook in self._hooks.values()):
             return "another hook needs all losses before the backward"
         return owner.frozen_problem
+
+    @property
+    def exact_problems(self) -> list[str]:
+        """What these hooks are told that is of use only under train.accumulation=frozen."""
+        return [hook.exact_problem for hook in self._hooks.values() if hook.exact_problem]
 
     @property
     def sets_sampling(self) -> bool:

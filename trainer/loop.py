@@ -9,7 +9,7 @@ Decisions:
 - Stopping (SIGTERM) is agreed by all ranks inside the step's own collective, then saved. So is the failure of a
   checkpoint that a thread was writing.
 - Going back after loss spikes turns the steps since a checkpoint into skipped ones: counters of data go on, weights,
-  optimizer and hooks return (trainer/spikes.py).
+  optimizer and hooks return, and so does the mixture that a hook had asked for (trainer/spikes.py).
 - A change of the data's mixture that a hook asks for acts a fixed number of steps later (trainer/data/online.py).
 - Evaluation comes before the checkpoint of the same step, so that a checkpoint implies its metrics are written.
 - Python's garbage is collected after a step, at the same ones on every rank (trainer/garbage.py).
@@ -86,7 +86,13 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"{name}: {getattr(self, name)} must be at least 1")
-        return found + [f"spikes.{line}" for line in self.spikes.problems()]
+        found += [f"spikes.{line}" for line in self.spikes.problems()]
+        if self.spikes.policy == "rewind" and self.spikes.patience > self.max_skipped_in_a_row:
+            found.append(
+                f"spikes.patience: the run ends after max_skipped_in_a_row ({self.max_skipped_in_a_row}) spikes in a "
+                f"row, before {self.spikes.patience} could make it go back; raise that or lower this"
+            )
+        return found
 
     def mode(self, *, needs_whole_step: bool, keeps_graphs: bool = True) -> AccumulationMode:
         """How this run accumulates, given whether hooks or the model must see the whole step before a backward, and
@@ -203,17 +209,15 @@ class Trainer:
             signals = self._step(micro_batches)
             self.profiler.end_step(state.step)
             last = signals.stop or state.step == config.steps
-            rewinds = self._spikes.asks_to_rewind
             evaluates = state.step == config.steps or _due(state.step, self.evaluation.every)
             saves = last or _due(state.step, self.checkpoint.every)
             # What follows may end the run, or writes what must come after this step's row.
-            wait = bool(saves or evaluates or rewinds or signals.save_failed or state.skipped_in_a_row)
+            wait = bool(saves or evaluates or signals.save_failed or state.skipped_in_a_row)
             if wait or state.step % config.write_every == 0:
                 self.write(self.telemetry.flush(wait=wait))
             if signals.save_failed:
                 self.store.finish()  # raises, on every rank, what went wrong on one
-            if rewinds:
-                self._rewind()  # and saves
+            rewinds = self._spikes.asks_to_rewind and self._rewind()  # which saves
             if state.skipped_in_a_row >= config.max_skipped_in_a_row:
                 self.store.finish()
                 raise NumericError(
@@ -332,8 +336,11 @@ class Trainer:
         self.state.plan = self.corpus.plan.state_dict(self.state.samples)
         self.store.save(self.engine, self.hooks, self.state, wait=wait)
 
-    def _rewind(self) -> None:
-        """Take weights, optimizer and hooks back to a checkpoint from before the spikes; the data goes on."""
+    def _rewind(self) -> bool:
+        """Take weights, optimizer and hooks back to a checkpoint from before the spikes; the data goes on.
+
+        False if there is none: then the spikes remain skipped steps.
+        """
         state, config = self.state, self.config.spikes
         first_spike = state.step - state.spikes_in_a_row + 1
         if state.rewinds >= config.max_rewinds:
@@ -342,11 +349,22 @@ class Trainer:
                 "the learning rate or look at the samples named in log.txt, then start again"
             )
         folder = self.store.newest_before(first_spike - config.rewind_steps)
+        if folder is None:
+            self._spikes.give_up()
+            if ranks.is_main():
+                log.warning(
+                    "step %d: %d spikes in a row, but no checkpoint is old enough to go back to (train.spikes."
+                    "rewind_steps: %d before step %d); spikes are skipped until the loss settles",
+                    *(state.step, state.spikes_in_a_row, config.rewind_steps, first_spike),
+                )
+            return False
         then = self.store.load(folder, self.engine, self.hooks)
         state.applied_steps, state.loss_ema, state.recent_losses = then.applied_steps, then.loss_ema, then.recent_losses
         state.skipped_in_a_row = state.spikes_in_a_row = 0
         state.rewinds += 1
         self.telemetry.restore_average(state)
+        if isinstance(self.corpus.plan, OnlinePlan):
+            self.corpus.plan.return_to(then.plan, steps_done=state.step)
         if ranks.is_main():
             log.warning(
                 "step %d: %d spikes in a row; weights, optimizer and hooks went back to step %d, samples %d to %d do "
@@ -356,6 +374,7 @@ class Trainer:
             )  # fmt: skip
         self._save(wait=True)
         self.store.discard(then.step, state.step)
+        return True
 
 
 def _due(step: int, every: int) -> bool:

@@ -29,8 +29,8 @@ def loss_coefficients(
 
     `samples`: c_i = w_i f_i / sum_j w_j f_j, every sample counts by its weight whatever its length.
     `tokens`: c_i = w_i f_i n_i / sum_j w_j f_j n_j, every token of a sample counts by the sample's weight.
-    `factors_B`: the factor f of each sample's domain, 1 by default. Without weights w_i is uniform over samples with at
-    least one target token; if there is none, all are zero.
+    `factors_B`: the factor f of each sample's domain, 1 by default. Without weights w_i is uniform. Samples without a
+    target token count for nothing, whatever their weight; if no sample has any, all are zero.
     """
     share_B = coefficient_numerators(tokens_B, weights_B, normalization, factors_B)
     total = share_B.sum()
@@ -41,8 +41,8 @@ def coefficient_numerators(
     tokens_B: Tensor, weights_B: Tensor | None, normalization: Normalization, factors_B: Tensor | None
 ) -> Tensor:
     """The coefficients before they are divided by their sum over the step, float64 [B]."""
-    tokens_B = tokens_B.double()
-    share_B = (tokens_B > 0).double() if weights_B is None else weights_B.double()
+    has_tokens_B = tokens_B > 0
+    share_B = has_tokens_B.double() if weights_B is None else torch.where(has_tokens_B, weights_B.double(), 0.0)
     if normalization == "tokens":
         share_B = share_B * tokens_B
     return share_B if factors_B is None else share_B * factors_B.double()

@@ -8,6 +8,7 @@ Decisions:
 - `rewind` skips too; but where several steps in a row are spikes the damage was done before them. Then weights,
   optimizer and hooks go back to a checkpoint from before, while the data goes on (Chowdhery et al. 2022, PaLM, section
   5.1): the steps in between become skipped ones after the fact, each of their samples consumed once.
+- Spikes that come before there is a checkpoint old enough (at the start of a run, soon after a restart) are skipped.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class SpikeConfig:
     patience: int = 5
     """Spikes in a row after which `rewind` goes back."""
     rewind_steps: int = 100
-    """Steps that the checkpoint to go back to is older than the first of those spikes, at least."""
+    """Steps that the checkpoint to go back to is older than the first of those spikes, at least. Without such a
+    checkpoint the spikes are skipped."""
     max_rewinds: int = 3
     """Rewinds of a run; one more is the end (exit 4)."""
 
@@ -48,7 +50,22 @@ class SpikeConfig:
         for name in ("deviations", "least_rise"):
             if not 0 < getattr(self, name) < float("inf"):
                 found.append(f"{name}: {getattr(self, name)} must be positive and finite")
+        most = (self.window + 1) // 2
+        if self.policy == "rewind" and self.patience > most:
+            found.append(
+                f"patience: a loss that stays high is the normal after half a window, {most} spikes in a row, before "
+                f"{self.patience} could make the run go back; lower this or raise window"
+            )
         return found
+
+    @property
+    def reach(self) -> int:
+        """Steps that the oldest checkpoint kept must be older than the newest, for one to be old enough at a rewind.
+
+        The newest may be of the last spike but one, `patience` - 2 steps after the first; the oldest has to be of
+        `rewind_steps` before the first.
+        """
+        return self.rewind_steps + self.patience - 2
 
 
 def spike_limit(losses: Sequence[float], config: SpikeConfig) -> float:
@@ -65,6 +82,7 @@ class SpikeWatch:
 
     def __init__(self, config: SpikeConfig, state: TrainState) -> None:
         self._config, self._state = config, state
+        self._is_given_up = False
 
     def judge(self, loss: float) -> tuple[bool, str]:
         """Whether a step of this finite mean loss is a spike, and why it must not be applied (empty if it may be)."""
@@ -80,10 +98,16 @@ class SpikeWatch:
         """Remember a step. `loss`: None if it was not finite."""
         state = self._state
         state.spikes_in_a_row = state.spikes_in_a_row + 1 if is_spike else 0
+        self._is_given_up &= is_spike
         if loss is not None and self._config.policy != "off":
             state.recent_losses = [*state.recent_losses, loss][-self._config.window :]
 
     @property
     def asks_to_rewind(self) -> bool:
         """Whether the last steps call for going back."""
-        return self._config.policy == "rewind" and self._state.spikes_in_a_row >= self._config.patience
+        is_due = self._config.policy == "rewind" and self._state.spikes_in_a_row >= self._config.patience
+        return is_due and not self._is_given_up
+
+    def give_up(self) -> None:
+        """There is no way back from the spikes in a row so far, nor from further ones of this row."""
+        self._is_given_up = True

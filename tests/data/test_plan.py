@@ -243,6 +243,23 @@ def test_a_shorter_delay_overtakes_no_change_that_is_still_to_act() -> None:
     assert {d for d, _ in stream(resumed, 64, 72)} == {1}
 
 
+def test_a_way_back_asks_again_for_what_was_last_asked_for_then() -> None:
+    plan = online_of((50, 60, 70))
+    plan.change((1.0, 0.0, 0.0), steps_done=4)
+    then = plan.state_dict(40)  # of step 5; the change is still to act, from step 7 on
+    plan.return_to(then, steps_done=5)
+    assert plan.state_dict(40)["changes"] == then["changes"], "nothing else was asked for since"
+    plan.change((0.0, 1.0, 0.0), steps_done=6)
+    plan.change((0.0, 0.0, 1.0), steps_done=8)
+    plan.locate(np.arange(11 * 8))  # handed out before anybody knew
+    plan.return_to(then, steps_done=8)
+    domains = [{d for d, _ in stream(plan, step * 8, (step + 1) * 8)} for step in range(7, 14)]
+    assert domains == [{0}, {0}, {1}, {1}, {0}, {0}, {0}]
+    resumed = online_of((50, 60, 70))
+    resumed.restore(plan.state_dict(64), 64)
+    assert stream(resumed, 64, 112) == stream(plan, 64, 112)
+
+
 def test_what_is_read_ahead_changes_nothing() -> None:
     """The same requests with one step and with three steps read ahead."""
     found = []

@@ -107,7 +107,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, data_config,
         # Scores and losses far apart: fewer tokens whose experts, and fewer weights whose scale, hang on rounding.
         model={"init_std": 0.1}, train={"steps": 10}, checkpoint={"every": 0}, evaluation={"every": 0, "max_rows": 1},
-        hooks={"sample_reweight": {"frozen": {"tolerance": 1e9}}},
         optimizer={"eps": 1e-6},  # with a smaller one Adam blows rounding up to a step where gradients vanish
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Losses that shoot up: told, dropped, or the reason to go back to a checkpoint from before."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,10 +15,10 @@ pytestmark = pytest.mark.slow
 REWIND = {"policy": "rewind", "window": 8, "patience": 2, "rewind_steps": 2, "max_rewinds": 1}
 
 
-def config_of(folder: Path, data: DataConfig, **spikes: object) -> Path:
+def config_of(folder: Path, data: DataConfig, every: int = 2, **spikes: object) -> Path:
     return tiny_config(
         folder, data, train={"steps": 18, "micro_batch_size": 4, "spikes": spikes}, evaluation={"every": 0},
-        checkpoint={"every": 2, "keep": 3},
+        checkpoint={"every": every, "keep": 3},
     )  # fmt: skip
 
 
@@ -81,6 +82,44 @@ def test_spikes_without_end_are_exit_4(tmp_path: Path, data_config: DataConfig) 
     assert job.end() == 4, job.log[-3000:]
     assert "loss spikes again after 1 rewinds" in job.errors[0]
     assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.fault(13, "loss spikes, policy rewind, a hook sets the sampling")
+def test_a_rewind_takes_back_the_mixture_that_a_hook_had_asked_for(tmp_path: Path, data_config: DataConfig) -> None:
+    """The hook asks at steps 10 and, of the way back to step 8 knowing nothing, 14; each acts two steps later."""
+    doremi = {
+        "rule": "doremi", "target": "sampling", "eta": 3.0, "every": 10,
+        "reference_losses": {"code": 5.0, "prose": 3.0, "table": 5.5},
+    }  # fmt: skip
+    config = config_of(tmp_path, data_config, **REWIND)
+    overrides = ["data.sampling_delay=2", f"hooks.domain_reweight={doremi}", "hooks.sample_reweight.enabled=false"]
+    faults = "scale=1000@0:11:forward,scale=1000@0:12:forward"
+    whole = Job(config, tmp_path / "whole", *overrides, ranks=0, fault=faults)
+    assert whole.end() == 0, whole.log[-3000:]
+    state = json.loads((tmp_path / "whole/checkpoints/step-00000018/state.json").read_text())
+    (first, even), (tenth, moved), (rewound, again), (later, anew) = state["trainer"]["plan"]["changes"]
+    assert (first, tenth, rewound, later) == (0, 12, 14, 16)
+    assert again == even
+    assert len({tuple(even), tuple(moved), tuple(anew)}) == 3
+    killed = Job(config, tmp_path / "cut", *overrides, ranks=0, fault=f"{faults},kill@0:13:before_step")
+    assert killed.end() == -9, killed.log[-3000:]
+    resumed = Job(config, tmp_path / "cut", *overrides, ranks=0)
+    assert resumed.end() == 0, resumed.log[-3000:]
+    assert "resumed from step 12" in resumed.log
+    assert deterministic(tmp_path / "cut") == deterministic(tmp_path / "whole")
+
+
+@pytest.mark.fault(13, "loss spikes before any checkpoint is old enough")
+def test_spikes_from_which_there_is_no_way_back_are_skipped(tmp_path: Path, data_config: DataConfig) -> None:
+    early = REWIND | {"rewind_steps": 4, "max_rewinds": 2}  # the first checkpoint is of step 6
+    faults = ",".join(f"scale=1000@0:{step}:forward" for step in (9, 10, 11, 17, 18))
+    config = config_of(tmp_path, data_config, every=6, **early)
+    job = Job(config, tmp_path / "run", "train.steps=20", ranks=0, fault=faults)
+    assert job.end() == 0, job.log[-3000:]
+    assert [step for step, done in applied(tmp_path / "run").items() if not done] == [9, 10, 11, 17, 18]
+    assert job.log.count("no checkpoint is old enough to go back to") == 1, "once a row"
+    assert "step 10: 2 spikes in a row, but no checkpoint is old enough" in job.log
+    assert "step 18: 2 spikes in a row; weights, optimizer and hooks went back to step 12" in job.log
 
 
 @pytest.mark.fault(13, "loss spike, policies log and skip")

@@ -117,6 +117,24 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
         SampleWeigher(**settings)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_temperature_that_moves_over_the_run_needs_its_length(shape: Any) -> None:
+    moving = TemperatureConfig(value=100.0, final=0.5, shape=shape)
+    weigher = SampleWeigher(temperature=moving)
+    with pytest.raises(ConfigError, match="total_steps: a temperature that moves over the run needs its length"):
+        weigher.weigh(LOSSES, TOKENS)
+    weigher.start(total_steps=3)  # as the Trainer does
+    seen = []
+    for _ in range(3):
+        weigher.weigh(LOSSES, TOKENS)
+        weigher.step(applied=True)
+        seen.append(weigher.metrics["reweight/temperature"])
+    assert seen == pytest.approx([100.0, 50.25, 0.5])
+    SampleWeigher(temperature=moving, total_steps=3).weigh(LOSSES, TOKENS)
+    steady = TemperatureConfig(shape="piecewise", points={0: 2.0, 100: 0.5})
+    SampleWeigher(temperature=steady).weigh(LOSSES, TOKENS)
+
+
 def test_misuse_is_refused() -> None:
     weigher = SampleWeigher()
     with pytest.raises(ConfigError, match="step without weigh"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reweighting.hook import FrozenConfig, SampleReweightConfig, SampleReweightHook
 from reweighting.reference import ReferenceConfig
+from reweighting.strategies import STRATEGIES
 from reweighting.temperature import TemperatureConfig
 from tests.moe.test_bias_hook import APPLIED, SKIPPED, Records
 from trainer.hooks import EvaluationContext, HookList, RunContext, StepContext
@@ -78,6 +79,47 @@ def test_linear_weights_need_no_statistics_to_be_exact(first: int, second: int, 
     used_B = weigh(losses(second), torch.ones(8, dtype=torch.bool))
     step = run_step(hook, step_of(losses(second), applied=1))
     torch.testing.assert_close(used_B / used_B.sum(), step.weights_B, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    alpha=st.floats(0.01, 200),
+    r=st.floats(0.01, 10),
+    now=st.lists(st.floats(0, 40), min_size=2, max_size=8),
+)
+def test_frozen_weights_fit_into_float32_and_so_do_their_squares(
+    strategy: str, alpha: float, r: float, now: list[float]
+) -> None:
+    """Whatever losses come after statistics of others: gradients are accumulated at their scale."""
+    hook = started(is_frozen=True, strategy=strategy, alpha=alpha, temperature=TemperatureConfig(value=r))
+    run_step(hook, step_of(losses(0)))
+    weigh = hook.frozen_weights(1)
+    assert weigh is not None
+    weights_B = weigh(torch.tensor(now).double(), torch.ones(len(now), dtype=torch.bool)).float()
+    assert torch.isfinite((1e4 * weights_B).square().sum()), "10,000 tokens a sample"
+    assert (weights_B.square() > 1e-30).all(), "no sample is lost to underflow, whose square a norm has to hold"
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("alpha", [1.0, 100.0])
+def test_the_sample_that_counts_most_has_the_frozen_weight_one(strategy: str, alpha: float) -> None:
+    hook = started(is_frozen=True, strategy=strategy, alpha=alpha, temperature=TemperatureConfig(value=0.4))
+    run_step(hook, step_of(torch.tensor([2.0, 3.0, 4.0]).double()))
+    weigh = hook.frozen_weights(1)
+    assert weigh is not None
+    weights_B = weigh(torch.tensor([2.0, 3.0, 4.0]).double(), torch.ones(3, dtype=torch.bool))
+    assert weights_B.max() == pytest.approx(1.0)
+
+
+def test_one_sample_far_above_all_others_has_the_frozen_weight_that_it_should() -> None:
+    hook = started(is_frozen=True, strategy="linear", temperature=TemperatureConfig(value=0.1))
+    run_step(hook, step_of(torch.tensor([4.0, 5.0]).double()))
+    weigh = hook.frozen_weights(1)
+    assert weigh is not None
+    now_B = torch.tensor([4.0, 5.0, 14.0]).double()
+    used_B = weigh(now_B, torch.ones(3, dtype=torch.bool)).float()
+    step = run_step(hook, step_of(now_B, applied=1))
+    torch.testing.assert_close((used_B / used_B.sum()).double(), step.weights_B, rtol=0, atol=1e-12)
 
 
 def test_first_step_cannot_be_frozen_and_an_audit_beyond_the_tolerance_makes_the_next_exact() -> None:
@@ -156,6 +198,7 @@ def test_cap_and_floor_are_options_that_frozen_refuses() -> None:
     assert SampleReweightHook(SampleReweightConfig(cap=2.0)).frozen_problem
     assert SampleReweightHook(SampleReweightConfig(ess_floor=0.5)).frozen_problem
     assert not SampleReweightHook(SampleReweightConfig()).frozen_problem
+    assert not SampleReweightHook(SampleReweightConfig()).exact_problem
     step = run_step(started(cap=1.0), step_of(losses(0)))
     torch.testing.assert_close(step.weights_B, torch.full((8,), 1 / 8))
 
@@ -166,7 +209,9 @@ def test_cap_and_floor_are_options_that_frozen_refuses() -> None:
         ({"strategy": "linuper"}, "strategy: unknown strategy 'linuper'; did you mean 'linupper'?"),
         ({"strategy": "tests.dist.hooks:no_such"}, "strategy: 'tests.dist.hooks:no_such' cannot be imported"),
         ({"strategy": "tests.dist.hooks:Thief"}, "strategy: 'tests.dist.hooks:Thief' fails on normalised losses"),
-        ({"strategy": "linear", "alpha": 2.0}, "alpha: strategy linear does not read it"),
+        ({"strategy": "linear", "alpha": 2.0}, "alpha: strategy linear does not depend on it"),
+        ({"strategy": "quadratic", "alpha": 2.0}, "alpha: strategy quadratic does not depend on it"),
+        ({"strategy": "uniform", "alpha": 2.0}, "alpha: strategy uniform does not depend on it"),
         ({"strategy": "linear", "reference": ReferenceConfig(kind="running")}, "reference: strategy linear weighs raw"),
         ({"cap": 0.5}, "cap: 0.5 must be at least 1"),
         ({"ess_floor": 1.0}, "ess_floor: 1.0 must be in [0, 1)"),

@@ -46,6 +46,13 @@ def weigh(losses_B: Tensor, name: str = "linupper", r: float = 1.0, valid_B: Ten
     return sample_weights(losses_B, valid_B, STRATEGIES[name], alpha=1.0, temperature=r)
 
 
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_strategy_says_whether_it_depends_on_alpha(name: str) -> None:
+    valid_B = torch.ones(5, dtype=torch.bool)
+    one, two = (sample_weights(LOSSES, valid_B, STRATEGIES[name], alpha=a, temperature=1.0) for a in (1.0, 2.0))
+    assert torch.allclose(one, two) != STRATEGIES[name].depends_on_alpha
+
+
 def spread_losses(min_size: int = 2) -> st.SearchStrategy[Tensor]:
     values = st.lists(st.floats(0.01, 20), min_size=min_size, max_size=40)
     return values.map(lambda v: torch.tensor(v, dtype=torch.float64))

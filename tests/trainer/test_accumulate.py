@@ -33,9 +33,22 @@ def test_domain_factors_join_the_weights() -> None:
     assert loss_coefficients(tokens_B, None, "tokens", factors_B).tolist() == pytest.approx([0.4, 0.6, 0, 0])
 
 
-@given(tokens=st.lists(st.integers(0, 10_000), min_size=1, max_size=50), by=st.sampled_from(["samples", "tokens"]))
-def test_coefficients_sum_to_one_or_are_all_zero(tokens: list[int], by: str) -> None:
-    coefficients_B = loss_coefficients(torch.tensor(tokens), None, by)  # type: ignore[arg-type]
+def test_a_weight_of_a_sample_without_tokens_takes_nothing_from_the_others() -> None:
+    tokens_B = torch.tensor([4, 0, 4, 0])
+    for weights_B in (torch.full((4,), 0.25), torch.tensor([1.0, 5.0, 1.0, math.nan])):
+        for by in ("samples", "tokens"):
+            coefficients_B = loss_coefficients(tokens_B, weights_B, by)  # type: ignore[arg-type]
+            assert coefficients_B.tolist() == [0.5, 0.0, 0.5, 0.0]
+
+
+@given(
+    tokens=st.lists(st.integers(0, 10_000), min_size=1, max_size=50),
+    by=st.sampled_from(["samples", "tokens"]),
+    has_weights=st.booleans(),
+)
+def test_coefficients_sum_to_one_or_are_all_zero(tokens: list[int], by: str, has_weights: bool) -> None:
+    weights_B = torch.full((len(tokens),), 1 / len(tokens)) if has_weights else None
+    coefficients_B = loss_coefficients(torch.tensor(tokens), weights_B, by)  # type: ignore[arg-type]
     assert coefficients_B.sum().item() == pytest.approx(float(any(tokens)))
     assert not coefficients_B[torch.tensor(tokens) == 0].any()
 

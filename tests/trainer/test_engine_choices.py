@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.deepspeed_door import read_zero_options
 from trainer.engine_choices import ALONE, LEAST, LIMIT, MOST, bucket_elements, choices, zero_table
 from trainer.engine_config import EngineConfig
 
@@ -96,6 +97,15 @@ def test_a_bucket_that_has_no_effect_is_said_to_have_none() -> None:
         ({"reduce_bucket_size": 1000}, 1, "is set by another field of engine"),
         ({"contiguous_gradients": False}, 2, "would reduce experts over ranks that hold others"),
         ({"reduce_scatter": False}, 2, "would reduce experts over ranks that hold others"),
+        ({"reduce_scatter": "no"}, 2, "would reduce experts over ranks that hold others"),
+        ({"cpu_offload": True}, 1, "is set by engine.offload_optimizer"),
+        ({"cpu_offload_use_pin_memory": True}, 1, "is set by engine.offload_optimizer"),
+        ({"cpu_offload_param": True}, 1, "offload of parameters is not supported"),
+        ({"offload_param": {"device": "cpu"}}, 1, "offload of parameters is not supported"),
+        ({"zenflow": {"topk_ratio": 0.1}}, 1, "later than the step it belongs to"),
+        ({"compute_grad_norm": False}, 1, "clipping and the metric grad_norm need the norm"),
+        ({"legacy_stage1": True}, 1, "is of a DeepSpeed that is no more"),
+        ({"elastic_checkpoint": True}, 1, "checkpoints are not DeepSpeed's"),
     ],
 )
 def test_what_deepspeed_would_get_wrong_is_refused(options: dict[str, Any], shares: int, said: str) -> None:
@@ -103,6 +113,25 @@ def test_what_deepspeed_would_get_wrong_is_refused(options: dict[str, Any], shar
     assert len(problems) == 1
     assert problems[0].startswith(f"zero_options.{next(iter(options))}: ")
     assert said in problems[0]
+
+
+def test_options_are_judged_at_the_stage_they_are_for() -> None:
+    options = {"compute_grad_norm": False, "stage3_max_live_parameters": 10}
+    assert read_zero_options(options, stage=2) == ({"compute_grad_norm": False}, [])
+    _, problems = read_zero_options(options, stage=3)
+    assert len(problems) == 1
+    assert problems[0].startswith("zero_options: ")  # of the table as a whole
+
+
+def test_every_old_name_of_a_zero_option_is_refused() -> None:
+    """DeepSpeed moves what a deprecated key says to another one, where nobody has looked at it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    old = [name for name, field in fields if dict(field.json_schema_extra or {}).get("deprecated")]  # type: ignore[arg-type]
+    assert len(old) >= 4
+    for name in old:
+        assert EngineConfig(zero_stage=2, zero_options={name: True}).problems(), name
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,18 @@ def test_a_loss_that_stays_high_becomes_the_normal() -> None:
     assert state.recent_losses == [5.0] * 16
 
 
+@pytest.mark.parametrize("window", range(8, 20))
+def test_patience_beyond_what_a_loss_that_stays_high_can_reach_is_refused(window: int) -> None:
+    watch = SpikeWatch(SpikeConfig(policy="skip", window=window), TrainState(recent_losses=[2.0] * window))
+    seen = 0
+    while watch.judge(9.0)[0]:
+        watch.note(9.0, is_spike=True)
+        seen += 1
+    assert not SpikeConfig(policy="rewind", window=window, patience=seen).problems()
+    (problem,) = SpikeConfig(policy="rewind", window=window, patience=seen + 1).problems()
+    assert problem.startswith(f"patience: a loss that stays high is the normal after half a window, {seen} spikes")
+
+
 def test_patience_counts_spikes_in_a_row_and_a_nan_ends_the_row() -> None:
     state = TrainState(recent_losses=[2.0] * 16)
     watch = SpikeWatch(CONFIG, state)
@@ -77,9 +89,56 @@ def test_patience_counts_spikes_in_a_row_and_a_nan_ends_the_row() -> None:
     assert watch.asks_to_rewind
 
 
+def test_who_gave_up_on_a_row_of_spikes_asks_again_in_the_next_one() -> None:
+    watch = SpikeWatch(CONFIG, TrainState(recent_losses=[2.0] * 16))
+    for _ in range(3):
+        watch.note(9.0, is_spike=True)
+    watch.give_up()
+    watch.note(9.0, is_spike=True)
+    assert not watch.asks_to_rewind
+    watch.note(2.0, is_spike=False)
+    for _ in range(3):
+        assert not watch.asks_to_rewind
+        watch.note(9.0, is_spike=True)
+    assert watch.asks_to_rewind
+
+
 def test_a_rewind_that_no_checkpoint_could_serve_is_refused(tmp_path: Path, data_config: DataConfig) -> None:
-    spikes = {"policy": "rewind", "rewind_steps": 9}
+    spikes = {"policy": "rewind", "rewind_steps": 9, "patience": 5}
     config = tiny_config(tmp_path, data_config, train={"spikes": spikes}, checkpoint={"every": 4, "keep": 3})
-    with pytest.raises(ConfigError, match=r"train\.spikes\.rewind_steps: 9 .* is 8"):
-        load_run_config(str(config), [], world_size=1)
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            load_run_config(str(config), overrides, world_size=1)
+        assert len(error.value.problems) == 1
+        return error.value.problems[0]
+
+    assert "train.spikes.rewind_steps: 9 steps before 5 spikes" in refused()
+    assert "is 8, rewind_steps + patience - 2 is 12" in refused()
     assert load_run_config(str(config), ["checkpoint.keep=4"], world_size=1)
+    assert refused("checkpoint.keep=4", "train.spikes.patience=6"), "a checkpoint may come between the spikes"
+    assert "rewind needs checkpoints" in refused("checkpoint.every=0")
+    few = ["checkpoint.keep=4", "train.max_skipped_in_a_row=4"]
+    assert "train.spikes.patience: the run ends after max_skipped_in_a_row (4)" in refused(*few)
+    assert load_run_config(str(config), [*few, "train.spikes.patience=4"], world_size=1)
+
+
+def first_spikes_without_way_back(config: SpikeConfig, *, every: int, keep: int) -> list[int]:
+    """Steps of a long run at which `patience` spikes may begin so that no checkpoint is old enough at the last."""
+    found = []
+    start = every * keep + config.rewind_steps + 1  # by then as many are kept as there will ever be
+    for first in range(start, start + every):
+        kept: list[int] = []
+        for step in range(1, first + config.patience - 1):  # before the last spike, of which none is saved
+            if step % every == 0:
+                kept = [*kept, step][-keep:]
+        if not any(step <= first - config.rewind_steps for step in kept):
+            found.append(first)
+    return found
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 20), st.integers(1, 9))
+def test_reach_is_what_every_rewind_needs_and_no_more(every: int, keep: int, rewind_steps: int, patience: int) -> None:
+    config = SpikeConfig(policy="rewind", rewind_steps=rewind_steps, patience=patience)
+    is_promised = (keep - 1) * every >= config.reach
+    assert is_promised == (not first_spikes_without_way_back(config, every=every, keep=keep))

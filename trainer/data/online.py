@@ -5,6 +5,8 @@ Decisions:
   process and never reach further ahead, so neither workers nor the depth of prefetching can change what a step sees.
 - Every step is a phase with whole samples of each domain. What rounding withholds from a domain in one step is its
   credit in the next: at no moment is a domain more than a few samples away from what its weights asked for.
+- Going back after loss spikes is one more change: what was last asked for before the spikes is asked for again. Changes
+  that are still to act may have been handed out already, so they act until then.
 - A domain at its cap has no weight any more.
 - A checkpoint holds what every domain has given and what credit is left, so that a resumed run replays no step. Only
   who asks for earlier samples has them replayed.
@@ -69,13 +71,21 @@ class OnlinePlan(SamplePlan):
         weights = np.where(has_rows_D, weights, 0.0)
         if not weights.any():
             raise ConfigError("hooks: sampling weights give every domain that has text no weight")
+        return self._ask(tuple((weights / weights.sum()).tolist()), steps_done)
+
+    def return_to(self, state: Mapping[str, Any], *, steps_done: int) -> None:
+        """Ask again for what was last asked for when `state_dict` gave `state`, unless nothing else was since."""
+        weights_D = tuple(state["changes"][-1][1])
+        if weights_D != self._changes[-1][1]:
+            self._ask(weights_D, steps_done)
+
+    def _ask(self, weights_D: tuple[float, ...], steps_done: int) -> int:
         # A run that goes on with a shorter delay has changes that are still to act: none overtakes another.
         step = max(steps_done + self._delay, self._changes[-1][0]) if steps_done else 0
         assert step == 0 or step >= self._steps_known, "samples of that step were handed out already"
-        changed = (step, tuple((weights / weights.sum()).tolist()))
         if self._changes[-1][0] == step:
             self._changes.pop()
-        self._changes.append(changed)
+        self._changes.append((step, weights_D))
         if step == 0:
             self._begin()
         return step
