@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     _check(options)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
-    config = load_run_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides, world_size=None)  # the proxy is whole on one rank
     if config.model.aux_loss.any or config.model.has_mtp:
         raise ConfigError("model: a proxy is trained without auxiliary losses; set aux_loss and mtp_weight to 0")
     corpus = open_corpus(config)

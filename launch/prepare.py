@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     workers = usable_cores() if arguments.workers is None else arguments.workers
     if workers < 1:
         raise ConfigError(f"--workers: {workers} must be at least 1")
-    config = load_run_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides, world_size=None)  # text is the same for any ranks
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log has room for whole numbers
