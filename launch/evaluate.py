@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens: {arguments.tokens} must be at least 1")
+    if arguments.max_rows < 0:
+        raise ConfigError(f"--max-rows: {arguments.max_rows} is negative; use 0 for all")
 
     timeout_s = load_run_config(arguments.run / "config.yaml", world_size=None).engine.collective_timeout_s
     start_process_group(timeout_s)
