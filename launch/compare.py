@@ -12,9 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from launch._cli import run_command
+from launch._console import terminal
 from trainer.errors import ConfigError
 from trainer.metrics import Row, read_jsonl
 
@@ -40,9 +39,9 @@ def main(argv: list[str]) -> int:
     keys = {key.strip() for key in arguments.keys.split(",")} if arguments.keys else set()
     _require(keys, {key for rows in (a, b) for row in rows.values() for key in row})
     differences, largest = differ(a, b, keys=keys, rtol=arguments.rtol)
-    console = Console()
+    console = terminal()
     for line in differences[:5]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
     verdict = "agree" if not differences else f"differ in {len(differences)} places"
     how = "bit for bit" if arguments.rtol == 0 else f"within {arguments.rtol:g}"
     console.print(f"{len(a)} rows {verdict} ({how}; largest relative difference {largest:.3g})", highlight=False)

@@ -14,10 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from launch._audit import audit
 from launch._cli import run_command
+from launch._console import terminal
 from launch._show import show
 from launch._stats import stats
 from launch._stream import open_stream
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     stream = open_stream(arguments.target, [*arguments.overrides, *rest])
-    console = Console()
+    console = terminal()
     if arguments.command == "show":
         show(stream, console, samples=_numbers(arguments.samples), domain=arguments.domain, count=arguments.count)
         return 0

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
+from launch._console import terminal
 from launch._corpus import open_corpus
 from launch._trained import load_trained_model
 from moe.loss_head import IGNORED_LABEL
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         writer = csv.writer(file)
         writer.writerow(["step", *corpus.domain_names])
         writer.writerows([n, *alpha_D.tolist()] for n, alpha_D in enumerate(course, start=1))
-    Console().print(_table(corpus, mean_D, course[-1]))
+    terminal().print(_table(corpus, mean_D, course[-1]))
     sys.stdout.write(f"wrote {options.out}; train with include: [{options.out}]\n")
     return 0
 

@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from configs.loader import load_run_config
 from launch._cli import run_command
+from launch._console import terminal
 from launch._trained import load_trained_model
 from moe.balance_metrics import max_violation
 from moe.score_sample import RecordedScores, ScoreSample, save_scores
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         if violations:
             mean = torch.stack(violations).nanmean()  # layers that only train have no loads here
             table.add_row("eval/maxvio_global", f"{mean:.4f}")
-        Console().print(table)
+        terminal().print(table)
     stop_process_group()
     return 0
 

@@ -69,8 +69,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     _check(options)
     source = recorded_source(options) if options.scores else random_source(options)
-    rows = simulate(source, options.rule, options.rate, options.steps)
     options.out.mkdir(parents=True, exist_ok=True)
+    rows = simulate(source, options.rule, options.rate, options.steps)
     with (options.out / "theory.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

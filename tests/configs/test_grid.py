@@ -153,6 +153,7 @@ BAD_GRIDS: dict[str, dict[str, Any]] = {
     'slurm.time: 3600 is no time; write it in quotes, such as "24:00:00"': {"product": [AXIS], "slurm": {"time": 3600}},
     "slurm.nodelist: ['a'] is no option": {"product": [AXIS], "slurm": {"nodelist": ["a"]}},
     "slurm.exclusive: True is no option": {"product": [AXIS], "slurm": {"exclusive": True}},
+    "name: 'g[bold]' cannot name a folder": {"product": [AXIS], "name": "g[bold]"},
     "product: must be a list, not a table": {"product": AXIS},
     "product[0]: must be a table, not 'seed'": {"product": ["seed"]},
     "product[0].zip: must be a table, not a list": {"product": [{"zip": ["seed"]}]},
