@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ _ROOT = Path(__file__).parents[1]
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 # These are bugs of ours unless the user named the place.
 _PLACE_ERRNOS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+# What all ranks have to say rank 0 says. A launcher ends it as soon as one of the others has left, so they wait.
+_RANK_0_SPEAKS_S = 3.0
 # gloo reports a lost peer as a plain RuntimeError; these are the openings of its messages.
 _PEER_LOST_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
 
@@ -80,6 +83,8 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
             for line in str(known).splitlines():
                 sys.stderr.write(f"{prefix}{line}\n")
             logging.getLogger("evenkeel").debug("failed", exc_info=error)
+        else:
+            time.sleep(_RANK_0_SPEAKS_S)
         return known.exit_code
 
 

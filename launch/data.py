@@ -22,6 +22,8 @@ from launch._stats import stats
 from launch._stream import open_stream
 from trainer.errors import ConfigError
 
+_MOST_SAMPLES = 1 << 40  # more than anybody trains; beyond 2^63 arrays cannot count
+
 
 def main(argv: list[str]) -> int:
     """Run one of the three; returns the exit code."""
@@ -62,8 +64,8 @@ def main(argv: list[str]) -> int:
     if arguments.command == "stats":
         stats(stream, console, arguments.out)
         return 0
-    if arguments.samples is not None and arguments.samples < 1:
-        raise ConfigError(f"--samples: {arguments.samples} must be at least 1")
+    if arguments.samples is not None and not 1 <= arguments.samples <= _MOST_SAMPLES:
+        raise ConfigError(f"--samples: {arguments.samples} must be at least 1, and at most 2^40")
     return audit(stream, console, samples=arguments.samples, out=arguments.out)
 
 
@@ -76,6 +78,8 @@ def _numbers(text: str | None) -> Sequence[int] | None:
         raise ConfigError(f"--samples: '{text}' is not a list of numbers such as 0,17,4096") from None
     if min(numbers) < 0:
         raise ConfigError(f"--samples: {min(numbers)} is negative")
+    if max(numbers) > _MOST_SAMPLES:
+        raise ConfigError(f"--samples: {max(numbers)} is more than 2^40")
     return numbers
 
 

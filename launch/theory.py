@@ -238,6 +238,8 @@ def _check(options: argparse.Namespace) -> None:
         for name, default in _SYNTHETIC.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
+        if not 0 <= options.seed < 2**32:
+            problems.append(f"--seed: {options.seed} must be in [0, 2^32)")
         if not 1 <= options.top_k < options.experts:
             problems.append(f"--top-k: {options.top_k} must be between 1 and experts - 1 ({options.experts - 1})")
     if problems:

@@ -5,11 +5,13 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import dryrun, prepare, train
+from launch import data, dryrun, evaluate, prepare, theory, torchrun, train
 from launch._cli import run_command
 from tests.harness import ROOT, command, deterministic, environment, run, tiny_config
 from trainer.data.config import DataConfig
@@ -84,6 +86,8 @@ BAD_VALUES = {
     "engine.offload_optimizer=true": "offload_optimizer: DeepSpeed has no offload at zero_stage 0",
     "engine.zero_options.round_robin_gradients=true": "Adam's numbers under wrong names",
     "engine.reduce_dtype=bf16": "bf16 with precision fp32",
+    "engine.collective_timeout_s=1e300": "collective_timeout_s: 1e+300 must be a positive number of seconds, at most",
+    "engine.collective_timeout_s=nan": "collective_timeout_s: nan must be a positive number",
     "engine.bucket_elements=-1": "bucket_elements: -1 is negative",
     "engine.zero_options.offload_optimizer.device=cpu": "offload_optimizer: is set by another field of engine",
     "hooks.expert_bias.rate=-1": "rate: -1.0 must be finite and not negative",
@@ -189,6 +193,12 @@ def test_unprepared_corpus(tmp_path: Path, data_config: DataConfig, capsys: pyte
         ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: field 'text' holds NoneType, not text"),
         ("other.jsonl", b'{"body": "a"}\n', "has no field 'text' (fields: body)"),
         ("picture.png", b"\x89PNG", "has no .jsonl"),
+        (
+            "my texts.v2.jsonl",
+            b'{"text": "a"}\n',
+            "has no field 'domain', so its domain is called after the file, but 'my",
+        ),
+        ("my notes.txt", b"a", "so its domain is called after the file, but 'my notes' cannot name a domain"),
         ("domain.jsonl", b'{"text": "a", "domain": "../x"}\n', "cannot name a domain"),
     ],
 )
@@ -227,6 +237,29 @@ def test_expert_parallelism_is_checked_for_every_layer(
     assert run_command(dryrun.main, [str(config), "--world-size", "4", layers[0], "model.layer_experts=[0,8,4,0]"]) == 0
 
 
+BIG = "12345678901234567890123"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (evaluate.main, ["nowhere", "--max-rows", "-1"], "--max-rows: -1 is negative; use 0 for all"),
+        (torchrun.main, ["--nproc_per_node=x", "train.py"], "torchrun: Unsupported nproc_per_node value: x"),
+        (torchrun.main, ["--nproc_per_node=0", "train.py"], "--nproc_per_node: 0 must be at least 1"),
+        (theory.main, ["--out", "nowhere", "--seed", BIG], f"--seed: {BIG} must be in [0, 2^32)"),
+        (data.main, ["show", "CONFIG", "--samples", f"0,{BIG}"], f"--samples: {BIG} is more than 2^40"),
+        (data.main, ["audit", "CONFIG", "--samples", BIG], f"--samples: {BIG} must be at least 1, and at most 2^40"),
+    ],
+)
+def test_bad_option_is_one_line_and_exit_2(
+    main: Callable[[list[str]], int], arguments: list[str], message: str, tmp_path: Path, data_config: DataConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = str(tiny_config(tmp_path, data_config))
+    assert run_command(main, [config if each == "CONFIG" else each for each in arguments]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 @pytest.mark.fault(21, "wrong configuration under torchrun")
 def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(tmp_path, data_config)
@@ -234,6 +267,27 @@ def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: D
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(ours) == 1, "two ranks, one line"
+
+
+def test_rank_0_has_time_to_say_what_all_have_found(tmp_path: Path) -> None:
+    """The launcher ends the others when the first rank leaves; if that was not rank 0, nobody would say why."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys, time\n"
+        "from launch._cli import run_command\n"
+        "from trainer.errors import ConfigError\n"
+        "def main(argv):\n"
+        "    time.sleep(0.5 if os.environ['RANK'] == '0' else 0)\n"
+        "    raise ConfigError('it is like this')\n"
+        "sys.exit(run_command(main))\n"
+    )
+    launcher = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run(
+        launcher, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert ours == ["error (rank 0): it is like this"]
 
 
 @pytest.mark.fault(30, "port taken")
