@@ -13,8 +13,8 @@ export TOKENIZERS_PARALLELISM ?= true
 
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
-# One rank a GPU, or two ranks on a CPU.
-RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+# One rank a GPU, or two ranks on a CPU; fewer where the configuration cannot be cut that way.
+RANKS ?= $(shell $(BIN)/python -m launch._ranks $(CONFIG) $(ARGS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train ablation-demo test test-slow layouts faults check static bench bench-peers lm-eval audit gpu gpu-bench clean

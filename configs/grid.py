@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from configs.typed import leaf_key, leaves_of
 
+_SLURM_TIMES = ("time", "time-min", "begin", "deadline")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AxisConfig:
@@ -159,7 +161,14 @@ class GridConfig:
         if self.retries < 0:
             found.append(f"retries: {self.retries} is negative; use 0 to give up at once")
         for name, value in self.slurm.items():
-            if not re.fullmatch(r"[a-z][a-z-]*", name) or not re.fullmatch(r"[^\s'\"\\$`#]+", str(value)):
+            if name in _SLURM_TIMES and not isinstance(
+                value, str
+            ):  # YAML reads 1:00:00 as 3600, sbatch that as minutes
+                found.append(f'slurm.{name}: {value!r} is no time; write it in quotes, such as "24:00:00"')
+                continue
+            is_plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+            is_plain = is_plain and re.fullmatch(r"[^\s'\"\\$`#]+", str(value)) is not None
+            if not re.fullmatch(r"[a-z][a-z-]*", name) or not is_plain:
                 found.append(f"slurm.{name}: {value!r} is no option of sbatch; write its long name and a plain value")
             elif name in ("array", "signal", "output", "open-mode", "job-name", "requeue", "ntasks-per-node"):
                 found.append(f"slurm.{name}: is set by the grid; remove it")

@@ -9,7 +9,7 @@ from typing import Any
 from configs.grid import GridConfig, flat
 from configs.grid_expand import RESERVED, Variant, expand, run_name
 from configs.loader import load_run_config, parse_overrides, read_tree
-from configs.schema import RunConfig
+from configs.schema import RunConfig, folder_name_problems
 from configs.typed import Leaf, build_typed, leaf_key, leaves_of
 from trainer.data.prepare import preparation_settings
 from trainer.errors import ConfigError
@@ -65,8 +65,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         raise ConfigError(*problems)
     variants, problems = expand(config)
     name = config.name or path.stem
-    if "/" in name or name.startswith("."):
-        problems.append(f"name: '{name}' is not a folder name; use letters, digits, - and _")
+    problems += folder_name_problems(name)
     varied = {key for variant in variants for key in variant.settings} | set(RESERVED)
     given = [leaf_key(leaf) for source, tree in parse_overrides(overrides) for leaf in leaves_of(tree, source)]
     problems += [

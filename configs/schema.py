@@ -1,5 +1,6 @@
 """The run configuration: one dataclass per owner, nested, and the checks that need more than one of them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ SECTIONS = (
     "model", "data", "train", "optimizer", "schedule", "engine", "evaluation", "checkpoint", "health", "wandb",
     "profile",
 )  # fmt: skip
+
+_MAX_NAME_BYTES = 200  # file systems take 255, and we put something before or after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,7 @@ class RunConfig:
     def problems(self, world_size: int | None) -> list[str]:
         """Every inconsistency of the run on `world_size` ranks, or on any, each line beginning with the full key."""
         found = [f"{section}.{line}" for section in SECTIONS for line in getattr(self, section).problems()]
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            found.append(f"name: '{self.name}' is not a folder name; use letters, digits, - and _")
+        found += folder_name_problems(self.name)
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")
         sharing = self._sequence_problems(world_size)
@@ -141,3 +143,11 @@ class RunConfig:
                 "micro-batch, of which no rank would see all tokens; set one of them to its default"
             )
         return [f"engine.sequence_parallel_size: {line}" for line in found]
+
+
+def folder_name_problems(name: str) -> list[str]:
+    """Why a run or a grid cannot be called so; empty if it can."""
+    if re.fullmatch(r"\w[\w.+-]*", name) and len(name.encode()) <= _MAX_NAME_BYTES:
+        return []
+    what = "letters, digits, '.', '+', '-' and '_'"
+    return [f"name: {name[:80]!r} cannot name a folder; use {what}, up to {_MAX_NAME_BYTES} bytes"]

@@ -1,8 +1,10 @@
 """Plain nested values into dataclasses, strictly typed, with every problem reported rather than the first."""
 
+import dataclasses
 import functools
+import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,16 +45,22 @@ def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
     Unknown keys come with a suggestion, values are not converted between kinds (3.7 is no int, "yes" no bool).
     """
     merged = _defaults(schema)  # type: ignore[arg-type]  # a class is hashable
-    problems = []
+    problems, fitting = [], []
+    for leaf in leaves:
+        misfits = [_where(leaf) + line for line in _misfits(schema, _nested(leaf), "")]
+        problems += misfits
+        if not misfits:
+            fitting.append(leaf)
     try:
-        merged = _merge_all(merged, leaves)  # one merge costs what one leaf does
+        merged = _merge_all(merged, fitting)  # one merge costs what one leaf does
     except (OmegaConfBaseException, ValueError):
-        for leaf in leaves:
+        for leaf in fitting:
             try:
                 merged = _merge_all(merged, [leaf])
             except (OmegaConfBaseException, ValueError) as error:
-                where = f"{leaf.source}: " if leaf.source else ""
-                problems.append(f"{where}{leaf_key(leaf)}: {one_line(error)}")
+                # OmegaConf leaves this to be filled in where it means an entry of a list.
+                what = one_line(error).replace("Value '$VALUE' of type '$VALUE_TYPE'", f"an entry of {leaf.value}")
+                problems.append(f"{_where(leaf)}{leaf_key(leaf)}: {what}")
     built = OmegaConf.to_object(merged)
     assert isinstance(built, schema)
     return built, problems
@@ -61,6 +69,54 @@ def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
 def convert_options(schema: type[T], options: Mapping[str, Any]) -> tuple[T, list[str]]:
     """`build_typed` for one nested mapping without a source."""
     return build_typed(schema, leaves_of(options, ""))
+
+
+def _where(leaf: Leaf) -> str:
+    return f"{leaf.source}: " if leaf.source else ""
+
+
+def _nested(leaf: Leaf) -> Any:
+    return functools.reduce(lambda inner, key: {key: inner}, reversed(leaf.key), leaf.value)
+
+
+def _misfits(wanted: Any, value: Any, key: str) -> Iterator[str]:
+    """Tables, lists and single values that stand where one of the others belongs, one line each.
+
+    Unknown keys and values of a wrong kind are left to OmegaConf, which raises bare TypeErrors for these.
+    """
+    if value == "???":
+        yield f"{key}: ??? is OmegaConf's word for no value at all; write the value"
+        return
+    if value is None:
+        return
+    wanted = _without_none(wanted)
+    is_schema, origin = dataclasses.is_dataclass(wanted), get_origin(wanted) or wanted
+    found = "a table" if isinstance(value, Mapping) else "a list" if isinstance(value, (list, tuple)) else repr(value)
+    kind = "a table" if is_schema or origin is dict else "a list" if origin in (list, tuple) else "one value"
+    if wanted is not Any and (found if found in ("a table", "a list") else "one value") != kind:
+        yield f"{key}: must be {kind}, not {found}"
+    elif isinstance(value, Mapping):
+        fields = _hints(wanted) if is_schema else {}
+        of_all = get_args(wanted)[1] if get_args(wanted) else Any
+        for name, inner in value.items():
+            yield from _misfits(fields.get(str(name), of_all), inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        of_all = get_args(wanted)[0] if get_args(wanted) else Any
+        for i, inner in enumerate(value):
+            yield from _misfits(of_all, inner, f"{key}[{i}]")
+
+
+def _without_none(wanted: Any) -> Any:
+    """Optional[X] as X; of any other union everything is accepted here."""
+    if not isinstance(wanted, types.UnionType) and get_origin(wanted) is not Union:
+        return wanted
+    members = [member for member in get_args(wanted) if member is not types.NoneType]
+    return members[0] if len(members) == 1 else Any
+
+
+@functools.cache
+def _hints(schema: type[object]) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def one_line(error: Exception) -> str:

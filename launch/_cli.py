@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ EXIT_CODES = "EVENKEEL_EXIT_CODES"
 
 _ROOT = Path(__file__).parents[1]
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+# These are bugs of ours unless the user named the place.
+_PLACE_ERRNOS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+# What all ranks have to say rank 0 says. A launcher ends it as soon as one of the others has left, so they wait.
+_RANK_0_SPEAKS_S = 3.0
 # gloo reports a lost peer as a plain RuntimeError; these are the openings of its messages.
 _PEER_LOST_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
 
@@ -40,6 +45,20 @@ def classify(error: BaseException) -> EvenkeelError | None:
     return None
 
 
+def misplaced(error: BaseException, argv: list[str]) -> StorageError | None:
+    """The error as one of ours if it is about a place that the command line names, or one above or below it."""
+    if not isinstance(error, OSError) or error.errno not in _PLACE_ERRNOS or not isinstance(error.filename, str):
+        return None
+    where = Path(error.filename)
+    values = [value for word in argv for _, is_setting, value in [word.partition("=")] if is_setting]
+    for given in map(Path, [*argv, *values]):
+        is_above = where.name != "" and where in given.parents
+        is_below = given.name != "" and given in where.parents
+        if where == given or is_above or is_below:
+            return StorageError(f"{where}: {error.strerror}; name another place")
+    return None
+
+
 def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run `main` and turn errors into one line on stderr and an exit code; a bug keeps its traceback (exit 1)."""
     code = _run(main, sys.argv[1:] if argv is None else argv)
@@ -55,7 +74,7 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        known = classify(error)
+        known = classify(error) or misplaced(error, argv)
         if known is None:
             raise
         rank = os.environ.get("RANK", "0")
@@ -64,6 +83,8 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
             for line in str(known).splitlines():
                 sys.stderr.write(f"{prefix}{line}\n")
             logging.getLogger("evenkeel").debug("failed", exc_info=error)
+        else:
+            time.sleep(_RANK_0_SPEAKS_S)
         return known.exit_code
 
 

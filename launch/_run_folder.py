@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rich.console import Console
-
 from configs.loader import to_dict, to_yaml
 from configs.schema import RunConfig
+from launch._console import terminal
 from launch._folder_lock import lock_folder
 from trainer import ranks
 from trainer.errors import CheckpointError, ConfigError, StorageError
@@ -153,7 +152,7 @@ def start_logging(run_dir: Path) -> None:
 
 def print_summary(run_dir: Path, domain_names: Sequence[str], reason: StopReason) -> None:
     """The table a person wants to see when a run has ended, and where the rest is."""
-    console = Console()
+    console = terminal()
     try:
         summary = summarize(iter_jsonl(run_dir / "metrics.jsonl"), domain_names)
     except ConfigError:

@@ -26,7 +26,7 @@ def show(stream: Stream, console: Console, *, samples: Sequence[int] | None, dom
         raise ConfigError(f"--count: {count} must be at least 1")
     wanted = corpus.domain_names.index(domain) if domain else None
     chosen = _next(stream, wanted, count) if samples is None else _of(stream, samples, wanted)
-    console.print("[dim]«text»[/] is read but is no target: nothing is learnt from predicting it")
+    console.print(Text.assemble(("«text»", "dim"), " is read but is no target: nothing is learnt from predicting it"))
     for sample in chosen:
         console.print(_sample(stream, sample))
 

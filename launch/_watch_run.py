@@ -83,7 +83,7 @@ class RunView:
         """The dashboard for a terminal of this size."""
         run = self.run
         if not run.steps.count and not run.evals.count:
-            return Panel(Text(f"waiting for the first line of {self.folder}/metrics.jsonl"), title=run.name)
+            return Panel(Text(f"waiting for the first line of {self.folder}/metrics.jsonl"), title=Text(run.name))
         events, shown = _events(run)
         # What a low terminal has no room for goes: domains first, then layers.
         room = height - _HEAD_LINES - len(_COURSES) - _BORDERS - shown - _BORDERS

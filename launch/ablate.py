@@ -20,6 +20,7 @@ from rich.console import Console
 
 from configs.grid_loader import Grid, load_grid
 from launch._cli import run_command
+from launch._console import terminal
 from launch._folder_lock import folder_holder
 from launch._grid_runner import GridRunner, StopRequest
 from launch._grid_slots import kill_tree, make_slots, start, usable_cpus, usable_gpus
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--seconds-per-step: needs --dry-run, and a time that is positive")
 
     grid = load_grid(arguments.grid, arguments.overrides)
-    console = Console()
+    console = terminal()
     if not console.is_terminal:
         console.width = max(console.width, 140)  # a log has room for whole names
     if arguments.dry_run:
@@ -86,7 +87,7 @@ def _run(grid: Grid, parallel: int, console: Console) -> int:
     slots = make_slots(parallel, ranks=ranks, num_runs=num_runs, cpus=usable_cpus(), gpus=usable_gpus())
 
     def say(line: str) -> None:
-        console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
     with StopRequest().installed() as stop, GridFolder(grid) as folder:
         left = sum(state.status == "waiting" for state in folder.states.values())
@@ -105,7 +106,7 @@ def _run(grid: Grid, parallel: int, console: Console) -> int:
     for name in failed:
         state = states[name]
         line = f"failed: {name} (exit code {state.exit_code}): {state.reason}; see {grid.folder / name / OUTPUT}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     return FAILED_EXIT_CODE if failed else 0
 
 

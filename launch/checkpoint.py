@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from launch._cli import run_command
+from launch._console import terminal
 from trainer.checkpoint_files import MANIFEST, problems_of
 from trainer.errors import CheckpointError, ConfigError
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         verdict = problems[0] if problems else "whole" if arguments.action == "verify" else "files are there"
         step = str(int(folder.name.removeprefix("step-")))
         table.add_row(step, _ranks(folder), str(len(files)), f"{size / 2**20:,.1f}", verdict)
-    Console().print(table)
+    terminal().print(table)
     if broken:
         raise CheckpointError("\n".join(broken))
     return 0

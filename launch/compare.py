@@ -1,19 +1,19 @@
 """Do two runs agree? `python -m launch.compare runs/a runs/b [--rtol 1e-5] [--keys loss,grad_norm]`.
 
 Without --rtol every deterministic metric of every step must be the same to the last bit; times, speed and memory are
-left out. Exit code 0 if they agree, 1 if they do not.
+left out unless --keys names them. Exit code 0 if they agree, 1 if they do not.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from launch._cli import run_command
+from launch._console import terminal
 from trainer.errors import ConfigError
 from trainer.metrics import Row, read_jsonl
 
@@ -35,10 +35,11 @@ def main(argv: list[str]) -> int:
     if not (math.isfinite(arguments.rtol) and arguments.rtol >= 0):
         raise ConfigError(f"--rtol: {arguments.rtol} must be finite and not negative")
 
-    keys = {key for key in arguments.keys.split(",") if key}
     a, b = (_rows_by_kind(path) for path in (arguments.a, arguments.b))
+    keys = {key.strip() for key in arguments.keys.split(",")} if arguments.keys else set()
+    _require(keys, {key for rows in (a, b) for row in rows.values() for key in row})
     differences, largest = differ(a, b, keys=keys, rtol=arguments.rtol)
-    console = Console()
+    console = terminal()
     for line in differences[:5]:
         console.print(line, highlight=False)
     verdict = "agree" if not differences else f"differ in {len(differences)} places"
@@ -57,7 +58,7 @@ def differ(
     for place in sorted(a.keys() & b.keys()):
         row_a, row_b = a[place], b[place]
         for key in sorted(keys or row_a.keys() | row_b.keys()):
-            if key.startswith(_TIMED):
+            if not keys and key.startswith(_TIMED):
                 continue
             for where, x, y in _pairs(key, row_a.get(key), row_b.get(key)):
                 if isinstance(x, int | float) and isinstance(y, int | float):
@@ -82,7 +83,20 @@ def _pairs(key: str, x: Any, y: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _rows_by_kind(path: Path) -> dict[tuple[int, str], Row]:
     rows = read_jsonl(path / "metrics.jsonl" if path.is_dir() else path)
+    if not rows:
+        raise ConfigError(f"{path}: has no rows yet; there is nothing to compare")
     return {(row["step"], "evaluation" if "eval/loss" in row else "training"): row for row in rows}
+
+
+def _require(keys: set[str], known: set[str]) -> None:
+    """Raises ConfigError for keys that no row has: two runs would agree in what neither of them measured."""
+    problems = []
+    for key in sorted(keys - known):
+        close = get_close_matches(key, sorted(known), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(known)[:8])}, ..."
+        problems.append(f"--keys: no row of either run has '{key}'; {hint}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from launch._audit import audit
 from launch._cli import run_command
+from launch._console import terminal
 from launch._show import show
 from launch._stats import stats
 from launch._stream import open_stream
 from trainer.errors import ConfigError
+
+_MOST_SAMPLES = 1 << 40  # more than anybody trains; beyond 2^63 arrays cannot count
 
 
 def main(argv: list[str]) -> int:
@@ -56,15 +57,15 @@ def main(argv: list[str]) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     stream = open_stream(arguments.target, [*arguments.overrides, *rest])
-    console = Console()
+    console = terminal()
     if arguments.command == "show":
         show(stream, console, samples=_numbers(arguments.samples), domain=arguments.domain, count=arguments.count)
         return 0
     if arguments.command == "stats":
         stats(stream, console, arguments.out)
         return 0
-    if arguments.samples is not None and arguments.samples < 1:
-        raise ConfigError(f"--samples: {arguments.samples} must be at least 1")
+    if arguments.samples is not None and not 1 <= arguments.samples <= _MOST_SAMPLES:
+        raise ConfigError(f"--samples: {arguments.samples} must be at least 1, and at most 2^40")
     return audit(stream, console, samples=arguments.samples, out=arguments.out)
 
 
@@ -77,6 +78,8 @@ def _numbers(text: str | None) -> Sequence[int] | None:
         raise ConfigError(f"--samples: '{text}' is not a list of numbers such as 0,17,4096") from None
     if min(numbers) < 0:
         raise ConfigError(f"--samples: {min(numbers)} is negative")
+    if max(numbers) > _MOST_SAMPLES:
+        raise ConfigError(f"--samples: {max(numbers)} is more than 2^40")
     return numbers
 
 

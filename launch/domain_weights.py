@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
+from launch._console import terminal
 from launch._corpus import open_corpus
 from launch._trained import load_trained_model
 from moe.loss_head import IGNORED_LABEL
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     _check(options)
     _log_progress()
 
-    config = load_run_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides, world_size=None)  # the proxy is whole on one rank
     if config.model.aux_loss.any or config.model.has_mtp:
         raise ConfigError("model: a proxy is trained without auxiliary losses; set aux_loss and mtp_weight to 0")
     corpus = open_corpus(config)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         writer = csv.writer(file)
         writer.writerow(["step", *corpus.domain_names])
         writer.writerows([n, *alpha_D.tolist()] for n, alpha_D in enumerate(course, start=1))
-    Console().print(_table(corpus, mean_D, course[-1]))
+    terminal().print(_table(corpus, mean_D, course[-1]))
     sys.stdout.write(f"wrote {options.out}; train with include: [{options.out}]\n")
     return 0
 

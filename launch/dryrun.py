@@ -18,13 +18,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
+from launch._console import terminal
 from launch._foretell import add_options, cluster_of, foretell_layouts, foretold_ranks, published, refuse_options
 from launch._states import model_state_bytes
 from moe.arithmetic import activation_bytes, count_parameters, flops_per_token
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     add_options(parser)
     parser.add_argument("--published", action="store_true", help="only compare the formula with published figures")
     arguments = parser.parse_intermixed_args(argv)
-    console = Console()
+    console = terminal()
     if arguments.published:
         if arguments.config is not None or arguments.predict:
             raise ConfigError("--published: stands alone; leave out the configuration and --predict")

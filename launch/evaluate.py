@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from configs.loader import load_run_config
 from launch._cli import run_command
+from launch._console import terminal
 from launch._trained import load_trained_model
 from moe.balance_metrics import max_violation
 from moe.score_sample import RecordedScores, ScoreSample, save_scores
@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens: {arguments.tokens} must be at least 1")
+    if arguments.max_rows < 0:
+        raise ConfigError(f"--max-rows: {arguments.max_rows} is negative; use 0 for all")
 
     timeout_s = load_run_config(arguments.run / "config.yaml", world_size=None).engine.collective_timeout_s
     start_process_group(timeout_s)
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         if violations:
             mean = torch.stack(violations).nanmean()  # layers that only train have no loads here
             table.add_row("eval/maxvio_global", f"{mean:.4f}")
-        Console().print(table)
+        terminal().print(table)
     stop_process_group()
     return 0
 

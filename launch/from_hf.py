@@ -15,7 +15,7 @@ Writes weights with hashes, the tokenizer and config.yaml. Prepare text with it,
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ from trainer.data.prepare import TOKENIZER
 from trainer.errors import CheckpointError, ConfigError
 
 _VOCABULARY = ("embedding.weight", "head.weight")
+
+# Keys of config.json by what they hold; numbers that are calculated with before the model's own checks see them.
+_WHOLE = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "num_experts_per_tok", "moe_intermediate_size", "n_routed_experts", "num_experts", "num_local_experts",
+    "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "decoder_sparse_step",
+    "num_nextn_predict_layers", "num_mtp_layers",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor", "partial_rotary_factor")
+_ROPE = ("rope_scaling", "rope_parameters")
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +99,25 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path} is not JSON ({error})") from None
     if not isinstance(described, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(described).__name__}")
+    tables = [described, *(table for name in _ROPE if isinstance(table := described.get(name), dict))]
+    problems = [line for table in tables for line in _wrong_kinds(table)]
+    if problems:
+        raise ConfigError(*(f"{path}: {line}" for line in problems))
     return described
+
+
+def _wrong_kinds(table: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a kind that no library writes under their keys, one line each; null is as if the key were not there."""
+    for kinds, name, keys in (
+        ((int,), "a whole number", _WHOLE),
+        ((int, float), "a number", _NUMBERS),
+        ((dict,), "a table", _ROPE),
+        ((list,), "a list", ("mlp_only_layers",)),
+    ):
+        for key in keys:
+            value = table.get(key)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                yield f"{key}: {value!r} is not {name}"
 
 
 def _vocabulary(folder: Path, rows: int) -> tuple[Tokenizer | None, int, list[str]]:

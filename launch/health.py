@@ -11,6 +11,8 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.loader import load_run_config, to_dict
@@ -20,6 +22,7 @@ from launch._cli import run_command
 from moe.arithmetic import count_parameters
 from trainer import ranks
 from trainer.data.prepare import read_manifest
+from trainer.errors import StorageError
 from trainer.health import Health, check_health
 from trainer.metrics import JsonlLog
 from trainer.process_group import leave, start_process_group, stop_process_group
@@ -40,19 +43,36 @@ def main(argv: list[str]) -> int:
     vocab_size = manifest["tokenizer"]["vocab_size"] if manifest else config.data.vocab_size
 
     start_process_group(config.engine.collective_timeout_s)
-    run_dir = Path(config.folder)
-    is_new = not run_dir.exists()
-    if ranks.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-    try:
+    with _made(Path(config.folder)):
         health = examine(config, vocab_size)
-    finally:
-        if ranks.is_main() and is_new and not any(run_dir.iterdir()):
-            run_dir.rmdir()
     if ranks.is_main():
         sys.stdout.write("".join(f"{line}\n" for line in [*health.warnings, health.line()]))
     stop_process_group()
     return 0
+
+
+@contextmanager
+def _made(run_dir: Path) -> Iterator[None]:
+    """The folder, on all nodes; what was not there before is gone afterwards, unless there is something in it.
+
+    Raises StorageError on every rank.
+    """
+    missing, problem = [], None
+    if ranks.is_main():
+        try:
+            missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"run_dir: {error.filename or run_dir}: {error.strerror}; make it writable or set another"
+    problem = ranks.broadcast_object(problem)
+    try:
+        if problem is not None:
+            raise StorageError(problem)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def examine(config: RunConfig, vocab_size: int) -> Health:

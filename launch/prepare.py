@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from launch._cli import run_command
+from launch._console import terminal
 
 _LINE_EVERY_S = 10.0
 
@@ -41,8 +42,8 @@ def main(argv: list[str]) -> int:
     workers = usable_cores() if arguments.workers is None else arguments.workers
     if workers < 1:
         raise ConfigError(f"--workers: {workers} must be at least 1")
-    config = load_run_config(arguments.config, arguments.overrides)
-    console = Console()
+    config = load_run_config(arguments.config, arguments.overrides, world_size=None)  # text is the same for any ranks
+    console = terminal()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log has room for whole numbers
     begin = time.monotonic()
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     if manifest["dropped"]:
         console.print(_dropped(manifest))
     for problem in manifest["bad_documents"]:
-        console.print(f"skipped: {problem}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"skipped: {problem}", highlight=False, soft_wrap=True)
     seconds = time.monotonic() - begin
     console.print(
         f"prepared in {seconds:.1f} s{view.throughput(workers)}: {config.data.path}"

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.profiler import ProfilerActivity
 
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch import _step_profile
 from launch._cli import run_command
+from launch._console import terminal
 from launch._corpus import open_corpus
 from launch._out_of_memory import explained_out_of_memory
 from launch._run_folder import start_logging
@@ -174,7 +174,7 @@ def _show(profile: _step_profile.StepProfile, config: RunConfig, out: Path) -> N
         "are times of steps without a profiler; torch's operations, from one more step with it, divide the parts by "
         "their shares."
     )
-    console = Console()
+    console = terminal()
     console.print(_step_profile.table(profile, title))
     console.print(f"{profile.tokens_per_s:,.0f} tokens/s; {out}/profile.html is the flame graph", highlight=False)
     facts = {"title": title, "torch": torch.__version__, "total_s": profile.total}

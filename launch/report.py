@@ -77,7 +77,9 @@ def page_of_grid(grid: GridRecord) -> str:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write a page, whole or not at all. Raises StorageError if the disk refuses."""
+    """Write a page, whole or not at all. Raises ConfigError for a folder, StorageError if the disk refuses."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file with --out")
     try:
         replace_file(path, text)
     except OSError as error:

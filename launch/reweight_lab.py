@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from launch._cli import run_command
+from launch._console import terminal
 from reweighting.reference import ReferenceConfig, batch_range
 from reweighting.strategies import STRATEGIES, Strategy, find_strategy
 from reweighting.theory import Descent, descend, smallest_temperature_for_cap, toy_quadratics
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     _write_csv(options.out / "toy.csv", toy_rows(descents))
     if replays:
         _write_csv(options.out / "replay.csv", replays)
-        Console().print(replay_table(replays))
+        terminal().print(replay_table(replays))
     draw(ways, descents, replays, options.out / "lab.html")
     sys.stdout.write(
         f"no weight above 2/B for r >= {smallest_temperature_for_cap():.4f}; see {options.out / 'lab.html'}\n"

@@ -69,8 +69,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     _check(options)
     source = recorded_source(options) if options.scores else random_source(options)
-    rows = simulate(source, options.rule, options.rate, options.steps)
     options.out.mkdir(parents=True, exist_ok=True)
+    rows = simulate(source, options.rule, options.rate, options.steps)
     with (options.out / "theory.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -238,6 +238,8 @@ def _check(options: argparse.Namespace) -> None:
         for name, default in _SYNTHETIC.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
+        if not 0 <= options.seed < 2**32:
+            problems.append(f"--seed: {options.seed} must be in [0, 2^32)")
         if not 1 <= options.top_k < options.experts:
             problems.append(f"--top-k: {options.top_k} must be between 1 and experts - 1 ({options.experts - 1})")
     if problems:

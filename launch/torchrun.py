@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch._cli import EXIT_CODES, run_command
-from trainer.errors import PeerLostError
+from trainer.errors import ConfigError, PeerLostError
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
@@ -30,6 +30,12 @@ def main(argv: list[str]) -> int:
         os.environ.pop(name, None)
     # First, so that the user's own choice comes later and wins.
     arguments = torchrun.parse_args([f"--signals-to-handle={_SIGNALS}", *argv])
+    try:
+        ranks_of_a_node = torchrun.config_from_args(arguments)[0].nproc_per_node
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"torchrun: {error}") from None
+    if ranks_of_a_node < 1:
+        raise ConfigError(f"--nproc_per_node: {ranks_of_a_node} must be at least 1")
     if arguments.max_restarts:
         # Restarted ranks must not find the addresses of the dead ones: the agents agree on a new store for each start.
         # By default they keep one for all starts, and gloo then dials ports where nobody listens any more.

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from launch._cli import run_command
+from launch._console import terminal
 from launch._watch_grid import GridView
 from launch._watch_run import RunView
 from launch.report_sections._grid import is_grid
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{arguments.folder}: is no folder; name a run folder or the folder of a grid")
     view: RunView | GridView = GridView(arguments.folder) if is_grid(arguments.folder) else RunView(arguments.folder)
     view.poll()
-    console = Console()
+    console = terminal()
     if arguments.once or not console.is_terminal:
         console.print(view.show(console.width, 1000))
         return 0

@@ -4,12 +4,12 @@ The dictionary is generated from `EngineConfig`, because DeepSpeed ignores unkno
 is left open here is chosen in trainer/engine_choices.py.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer import deepspeed_door, ranks
 
+_YEAR_S = 366 * 24 * 3600
 _REFUSED_ZERO_KEYS = {
     **dict.fromkeys(
         ("stage", "reduce_bucket_size", "offload_optimizer"), "is set by another field of engine; remove it"
@@ -101,8 +101,11 @@ class EngineConfig:
             found.append("offload_optimizer: DeepSpeed has no offload at zero_stage 0; use stage 1, 2 or 3")
         if self.bucket_elements < 0:
             found.append(f"bucket_elements: {self.bucket_elements} is negative; use 0 to have it chosen")
-        if not (math.isfinite(self.collective_timeout_s) and self.collective_timeout_s > 0):
-            found.append(f"collective_timeout_s: {self.collective_timeout_s} must be a positive number of seconds")
+        if not 0 < self.collective_timeout_s <= _YEAR_S:
+            found.append(
+                f"collective_timeout_s: {self.collective_timeout_s} must be a positive number of seconds, at most "
+                f"{_YEAR_S} (a year)"
+            )
         if self.zero_options and self.zero_stage in (0, 1, 2, 3):
             found += self._zero_option_problems()
         return found

@@ -156,7 +156,7 @@ class JsonlLog:
         except OSError as error:
             raise _storage_error(self._path, error) from error
         except ValueError as error:
-            raise ConfigError(f"{self._path}: a line near its end is not JSON ({error}); remove that line") from error
+            raise ConfigError(f"{self._path}: a line near its end {error}; remove that line") from error
 
 
 def _end_of_step(file: BinaryIO, step: int) -> int:
@@ -165,16 +165,27 @@ def _end_of_step(file: BinaryIO, step: int) -> int:
         end = data.rfind(b"\n") + 1
         while end:
             start = data.rfind(b"\n", 0, end - 1) + 1
-            if json.loads(data[start:end])["step"] <= step:
+            if _row(data[start:end])["step"] <= step:
                 return end
             end = start
     return 0
 
 
+def _row(line: bytes) -> Row:
+    """The row on a line. Raises ValueError with what the line is instead."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # of bytes that are no UTF-8, too
+        raise ValueError(f"is not JSON ({error})") from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("is no row of metrics: it has no step")
+    return row
+
+
 def read_jsonl(path: Path) -> list[Row]:
     """Rows of a metrics file; a last line cut short is left out.
 
-    Raises ConfigError if the file is missing or another line is not JSON.
+    Raises ConfigError if the file is missing or another line is no row.
     """
     return list(iter_jsonl(path))
 
@@ -182,16 +193,16 @@ def read_jsonl(path: Path) -> list[Row]:
 def iter_jsonl(path: Path) -> Iterator[Row]:
     """The same row by row, for files that are larger than memory."""
     try:
-        file = path.open()
+        file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a run folder or its metrics.jsonl") from error
     with file:
         for number, line in enumerate(file, start=1):
             try:
-                yield json.loads(line)
+                yield _row(line)
             except ValueError as error:
-                if line.endswith("\n") or next(file, None) is not None:
-                    raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
+                if line.endswith(b"\n"):
+                    raise ConfigError(f"{path}: line {number} {error}") from error
 
 
 def newest_first(path: Path) -> Iterator[Row]:

@@ -150,6 +150,20 @@ BAD_GRIDS: dict[str, dict[str, Any]] = {
     },
     "slurm.array: is set by the grid": {"product": [AXIS], "slurm": {"array": "0-9"}},
     "slurm.time: 'a b' is no option": {"product": [AXIS], "slurm": {"time": "a b"}},
+    'slurm.time: 3600 is no time; write it in quotes, such as "24:00:00"': {"product": [AXIS], "slurm": {"time": 3600}},
+    "slurm.nodelist: ['a'] is no option": {"product": [AXIS], "slurm": {"nodelist": ["a"]}},
+    "slurm.exclusive: True is no option": {"product": [AXIS], "slurm": {"exclusive": True}},
+    "name: 'g[bold]' cannot name a folder": {"product": [AXIS], "name": "g[bold]"},
+    "product: must be a list, not a table": {"product": AXIS},
+    "product[0]: must be a table, not 'seed'": {"product": ["seed"]},
+    "product[0].zip: must be a table, not a list": {"product": [{"zip": ["seed"]}]},
+    "product[0].choices: must be a table, not a list": {"product": [{"name": "x", "choices": ["a", "b"]}]},
+    "product[0].values: must be a list, not 3": {"product": [{"key": "seed", "values": 3}]},
+    "variants: must be a table, not a list": {"variants": ["a"]},
+    "overrides: must be a table, not a list": {"product": [AXIS], "overrides": [1]},
+    "seeds: must be a list, not 5": {"product": [AXIS], "seeds": 5},
+    "halving: must be a table, not 'yes'": {"product": [AXIS], "halving": "yes"},
+    "overrides.train.steps: ??? is": {"product": [AXIS], "overrides": {"train": {"steps": "???"}}},
     "interpolation (${...}) is not supported": {"product": [{**AXIS, "values": ["${oc.env:HOME}"]}]},
 }  # fmt: skip
 
@@ -159,6 +173,18 @@ def test_a_bad_grid_is_refused_in_words(tmp_path: Path, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_grid(write_grid(tmp_path, **BAD_GRIDS[says]))
     assert says in str(caught.value)
+
+
+def test_a_slurm_time_without_quotes_is_refused(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as a number of seconds, which sbatch would take for minutes."""
+    path = write_grid(tmp_path, product=[AXIS])
+    path.write_text(path.read_text() + "slurm: {time: 1:00:00, begin: 16:00}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_grid(path)
+    assert [line.split(": ", 1)[1] for line in caught.value.problems] == [
+        'slurm.time: 3600 is no time; write it in quotes, such as "24:00:00"',
+        'slurm.begin: 960 is no time; write it in quotes, such as "24:00:00"',
+    ]
 
 
 def test_all_problems_of_all_runs_come_at_once_and_each_once(tmp_path: Path) -> None:

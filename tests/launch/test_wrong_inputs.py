@@ -5,11 +5,13 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import dryrun, prepare, train
+from launch import data, dryrun, evaluate, prepare, theory, torchrun, train
 from launch._cli import run_command
 from tests.harness import ROOT, command, deterministic, environment, run, tiny_config
 from trainer.data.config import DataConfig
@@ -20,6 +22,19 @@ BAD_VALUES = {
     "trian.steps=5": "Did you mean: 'train'",
     "train.steps=many": "Value 'many' of type 'str' could not be converted to Integer",
     "train.steps=3.7": "could not be converted to Integer",
+    "train.steps=???": "train.steps: ??? is OmegaConf's word for no value at all",
+    "train.steps={}": "train.steps: must be one value, not a table",
+    "train=5": "train: must be a table, not 5",
+    "data.domains=[1]": "data.domains: must be a table, not a list",
+    "data.weights=[1]": "data.weights: must be a table, not a list",
+    "data.weights={code: [1]}": "data.weights.code: must be one value, not a list",
+    "data.phases={}": "data.phases: must be a list, not a table",
+    "data.phases=[3]": "data.phases[0]: must be a table, not 3",
+    "data.phases=[{weights: [1]}]": "data.phases[0].weights: must be a table, not a list",
+    "profile.trace_steps=[a]": "profile.trace_steps: an entry of ['a'] could not be converted to Integer",
+    "hooks=[1]": "hooks: must be a table, not a list",
+    "hooks.expert_bias.rule=???": "hooks.expert_bias.rule: ??? is",
+    "hooks.expert_bias.options=[1]": "hooks.expert_bias.options: must be a table, not a list",
     "optimizer.learning_rate=true": "optimizer.learning_rate",
     "health.slow_factor=1": "slow_factor: 1.0 must be above 1",
     "health.max_clock_skew_s=0": "max_clock_skew_s: 0.0 must be a positive number",
@@ -73,6 +88,8 @@ BAD_VALUES = {
     "engine.offload_optimizer=true": "offload_optimizer: DeepSpeed has no offload at zero_stage 0",
     "engine.zero_options.round_robin_gradients=true": "Adam's numbers under wrong names",
     "engine.reduce_dtype=bf16": "bf16 with precision fp32",
+    "engine.collective_timeout_s=1e300": "collective_timeout_s: 1e+300 must be a positive number of seconds, at most",
+    "engine.collective_timeout_s=nan": "collective_timeout_s: nan must be a positive number",
     "engine.bucket_elements=-1": "bucket_elements: -1 is negative",
     "engine.zero_options.offload_optimizer.device=cpu": "offload_optimizer: is set by another field of engine",
     "engine.zero_options.cpu_offload=true": "cpu_offload: is set by engine.offload_optimizer",
@@ -82,6 +99,9 @@ BAD_VALUES = {
     "hooks.mine.hook=json:dumps": "is not a subclass of trainer.hooks.Hook",
     "hooks.mine.hook=tests.dist.hooks:SecondOwner": "'weights' is already owned by hooks.sample_reweight",
     "hooks.mine={hook: 'tests.dist.hooks:Poison', kind: loss, first: 1, last: 2, rnk: 0}": "did you mean 'rank'",
+    'name="a\\nb"': "name: 'a\\nb' cannot name a folder; use letters, digits, '.', '+', '-' and '_'",
+    "name='lr[bold]'": "name: 'lr[bold]' cannot name a folder",
+    "name=../x": "name: '../x' cannot name a folder",
     "name=${oc.env:HOME}": "interpolation (${...}) is not supported",
     "data.weights.prosa=1.0": "data.weights.prosa: no such domain",
     "data.phases=[{from_step: 3, from_share: 0.5}]": "phases[0].from_step: give exactly one of from_step, from_sample",
@@ -177,6 +197,12 @@ def test_unprepared_corpus(tmp_path: Path, data_config: DataConfig, capsys: pyte
         ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: field 'text' holds NoneType, not text"),
         ("other.jsonl", b'{"body": "a"}\n', "has no field 'text' (fields: body)"),
         ("picture.png", b"\x89PNG", "has no .jsonl"),
+        (
+            "my texts.v2.jsonl",
+            b'{"text": "a"}\n',
+            "has no field 'domain', so its domain is called after the file, but 'my",
+        ),
+        ("my notes.txt", b"a", "so its domain is called after the file, but 'my notes' cannot name a domain"),
         ("domain.jsonl", b'{"text": "a", "domain": "../x"}\n', "cannot name a domain"),
     ],
 )
@@ -215,6 +241,29 @@ def test_expert_parallelism_is_checked_for_every_layer(
     assert run_command(dryrun.main, [str(config), "--world-size", "4", layers[0], "model.layer_experts=[0,8,4,0]"]) == 0
 
 
+BIG = "12345678901234567890123"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (evaluate.main, ["nowhere", "--max-rows", "-1"], "--max-rows: -1 is negative; use 0 for all"),
+        (torchrun.main, ["--nproc_per_node=x", "train.py"], "torchrun: Unsupported nproc_per_node value: x"),
+        (torchrun.main, ["--nproc_per_node=0", "train.py"], "--nproc_per_node: 0 must be at least 1"),
+        (theory.main, ["--out", "nowhere", "--seed", BIG], f"--seed: {BIG} must be in [0, 2^32)"),
+        (data.main, ["show", "CONFIG", "--samples", f"0,{BIG}"], f"--samples: {BIG} is more than 2^40"),
+        (data.main, ["audit", "CONFIG", "--samples", BIG], f"--samples: {BIG} must be at least 1, and at most 2^40"),
+    ],
+)
+def test_bad_option_is_one_line_and_exit_2(
+    main: Callable[[list[str]], int], arguments: list[str], message: str, tmp_path: Path, data_config: DataConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = str(tiny_config(tmp_path, data_config))
+    assert run_command(main, [config if each == "CONFIG" else each for each in arguments]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 @pytest.mark.fault(21, "wrong configuration under torchrun")
 def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(tmp_path, data_config)
@@ -222,6 +271,27 @@ def test_errors_reach_the_caller_through_torchrun(tmp_path: Path, data_config: D
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(ours) == 1, "two ranks, one line"
+
+
+def test_rank_0_has_time_to_say_what_all_have_found(tmp_path: Path) -> None:
+    """The launcher ends the others when the first rank leaves; if that was not rank 0, nobody would say why."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys, time\n"
+        "from launch._cli import run_command\n"
+        "from trainer.errors import ConfigError\n"
+        "def main(argv):\n"
+        "    time.sleep(0.5 if os.environ['RANK'] == '0' else 0)\n"
+        "    raise ConfigError('it is like this')\n"
+        "sys.exit(run_command(main))\n"
+    )
+    launcher = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run(
+        launcher, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert ours == ["error (rank 0): it is like this"]
 
 
 @pytest.mark.fault(30, "port taken")

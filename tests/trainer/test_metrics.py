@@ -133,6 +133,28 @@ def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
         read_jsonl(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"{}", "is no row of metrics: it has no step"),
+        (b"[1]", "is no row of metrics"),
+        (b'{"step": "7"}', "is no row of metrics"),
+        (b'{"step": 3, "note": "caf\xe9"}', "is not JSON .*can't decode byte 0xe9"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused_by_readers_and_by_a_resumed_run(
+    line: bytes, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ConfigError, match=f"line 2 {says}"):
+        read_jsonl(path)
+    with pytest.raises(ConfigError, match=f"a line near its end {says}.*; remove that line"):
+        JsonlLog(path).truncate_after(1)
+    path.write_bytes(b'{"step": 1}\n' + line)
+    assert read_jsonl(path) == [{"step": 1}], "cut short by a crash"
+
+
 def test_a_file_of_a_million_steps_is_cut_at_once(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     with path.open("w") as file:
@@ -263,3 +285,21 @@ def test_compare_tells_equal_from_close_from_different(tmp_path: Path, capsys: p
     assert run_command(compare.main, [str(a), str(close), "--rtol", "1e-6"]) == 0
     assert run_command(compare.main, [str(a), str(short)]) == 1
     assert run_command(compare.main, [str(a), str(tmp_path / "none")]) == 2
+
+
+def test_compare_does_not_agree_about_what_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run(tmp_path / "a", [1.0, 2.0]), write_run(tmp_path / "b", [1.0, 2.5])
+    empty = write_run(tmp_path / "empty", [])
+    for arguments, says in (
+        ([a, b, "--keys", "los"], "--keys: no row of either run has 'los'; did you mean 'loss'?"),
+        ([a, b, "--keys", "loss,xyz"], "no row of either run has 'xyz'; there are loss, step, time/step_s"),
+        ([a, b, "--keys", ","], "no row of either run has ''"),
+        ([empty, empty], f"{empty}: has no rows yet; there is nothing to compare"),
+        ([a, empty], f"{empty}: has no rows yet"),
+    ):
+        assert run_command(compare.main, [str(each) for each in arguments]) == 2
+        assert says in capsys.readouterr().err
+    assert run_command(compare.main, [str(a), str(b), "--keys", "step, time/step_s"]) == 0, "times, if they are named"
+    (b / "metrics.jsonl").write_text((a / "metrics.jsonl").read_text().replace("0.1", "0.3"))
+    assert run_command(compare.main, [str(a), str(b)]) == 0
+    assert run_command(compare.main, [str(a), str(b), "--keys", "time/step_s"]) == 1

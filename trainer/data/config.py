@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 from trainer.data.mixture import HUB, LOCAL_PYTHON, DomainConfig, FilterConfig, domain_name_problem
@@ -101,6 +102,8 @@ class DataConfig:
         for name in ("path", "source", "text_field", "domain_field", "tokenizer"):
             if not getattr(self, name):
                 found.append(f"{name}: is empty")
+        if self.path and Path(self.path).name in ("", ".."):
+            found.append(f"path: {self.path} cannot be made anew; name a folder in it")
         if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 1 << 20:
             found.append(f"vocab_size: {self.vocab_size} must be between 257 (every byte and one mark) and 1048576")
         if not (math.isfinite(self.tokenizer_sample_mb) and self.tokenizer_sample_mb > 0):

@@ -113,6 +113,11 @@ def _document(piece: Piece, row: int, text: object, domain: object) -> Document 
         kind = type(text).__name__
         return BadDocument(f"{piece.file}: row {row}: field '{piece.text_field}' holds {kind}, not text", piece.domain)
     if problem := domain_name_problem(name):
+        if domain is None:
+            field = f"no field '{piece.domain_field}'" if piece.domain_field else "no domain of its own"
+            problem = (
+                f"has {field}, so its domain is called after the file, but {problem}; or list the file in data.domains"
+            )
         return BadDocument(f"{piece.file}: row {row}: {problem}", piece.domain)
     return Document(text, name)
 
