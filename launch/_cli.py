@@ -58,7 +58,8 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if known is None:
             raise
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not known.is_everywhere:
+        # One rank of each node says what all raise: nodes may have been started with different files or overrides.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not known.is_everywhere:
             prefix = f"error (rank {rank}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
             for line in str(known).splitlines():
                 sys.stderr.write(f"{prefix}{line}\n")
