@@ -3,9 +3,9 @@
     FAULT = action@rank:step:phase [, action@rank:step:phase ...]        action = kill, sleep=3, scale=1000, ...
 
 Phases: build, load, fetch, forward, loss, before_step, after_step, evaluate, save_start, save_write,
-save_before_manifest, save_before_rename. `scale` multiplies the losses of the forward that begins, `clock` sets the wall
-clock that Python sees so many seconds forward (or back). Each fault happens once in a process, and not again after
-torchrun restarted it.
+save_before_manifest, save_before_rename. `scale` multiplies the losses of the forward that begins, `clock` sets
+the wall clock that Python sees so many seconds forward (or back). Each fault happens once in a process, and not again
+after torchrun restarted it.
 """
 
 import errno
