@@ -56,6 +56,7 @@ sys.exit([None, 1, 5, 3, 0][number])
 """
 
 
+@pytest.mark.fault(31, "restarts until a final exit code")
 def test_crashes_and_lost_peers_are_restarted_until_a_code_is_final(tmp_path: Path) -> None:
     assert start(tmp_path, ENDS, "--standalone", "--nproc-per-node=1", "--max-restarts=9").wait(100) == 3
     assert len(list(tmp_path.glob("start-*"))) == 4
@@ -104,6 +105,7 @@ def test_a_mistake_in_the_configuration_is_told_once(tmp_path: Path, data_config
     assert len(job.errors) == 1, job.log
 
 
+@pytest.mark.fault(18, "SIGTERM to a rank, restarts left")
 def test_a_rank_that_was_asked_to_stop_is_not_restarted(tmp_path: Path, data_config: DataConfig) -> None:
     config = tiny_config(tmp_path, data_config)
     job = Job(config, tmp_path / "run", ranks=1, fault="terminate@0:6:forward", torchrun="--max-restarts 3")
