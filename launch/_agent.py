@@ -71,7 +71,7 @@ class Agent(LocalElasticAgent):
 
     def _told(self) -> int | None:
         """What another agent has said that the job ends with."""
-        store = self._worker_group.store
+        store: Any = self._worker_group.store
         try:
             return int(store.get(_CODE)) if store is not None and store.check([_CODE]) else None
         except RuntimeError:  # the node of the store is gone
@@ -79,16 +79,17 @@ class Agent(LocalElasticAgent):
 
     def _end(self, code: int) -> NoReturn:
         group = self._worker_group
+        store: Any = group.store
         agreed = code == PREEMPTED_EXIT_CODE
         with suppress(RuntimeError, RendezvousError):  # the node of the store is gone, or others do not answer
             if not agreed:
-                group.store.set(_CODE, str(code))
-                group.store.set(f"{_HEARD}/{group.group_rank}", "")
+                store.set(_CODE, str(code))
+                store.set(f"{_HEARD}/{group.group_rank}", "")
                 group.spec.rdzv_handler.set_closed()  # nobody need wait there for the ranks of this node
             self._stop_workers(group)
             if not agreed:
                 all_heard = [f"{_HEARD}/{rank}" for rank in range(group.group_world_size)]
-                group.store.wait(all_heard, timedelta(seconds=_HEARD_WITHIN_S))
+                store.wait(all_heard, timedelta(seconds=_HEARD_WITHIN_S))
         raise JobOver(code)
 
 

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     from launch._agent import Agent, JobOver, final, reported
 
-    api.LocalElasticAgent = Agent  # torch has no argument for it
+    api.LocalElasticAgent = Agent  # type: ignore[misc] # torch has no argument for it
     # Kubeflow and other launchers number nodes with these. They are not the rank of a worker, which torchrun sets.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

@@ -73,7 +73,7 @@ class TrainConfig:
     """Steps whose metrics are copied from the device and written together."""
     verify_every: int = 100
     """Steps between checks that ranks still hold the same parameters, buffers and hook state, which every save makes
-    too; 0 leaves it to the saves. It costs a step a few times less than its own length, so 1 % of one at 100 steps."""
+    too; 0 leaves it to the saves."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
