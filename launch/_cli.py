@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.errors import EvenkeelError, PeerLostError, StorageError
 
 EXIT_CODES = "EVENKEEL_EXIT_CODES"
-"""Variable with the folder in which launch.torchrun wants to find how each rank ended: a file `<start>-<rank>` each."""
+"""Variable with the folder in which launch.torchrun wants to find how each rank ended: a file named after each."""
 
 _ROOT = Path(__file__).parents[1]
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
@@ -63,8 +63,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None)
     """Run `main` and turn errors into one line on stderr and an exit code; a bug keeps its traceback (exit 1)."""
     code = _run(main, sys.argv[1:] if argv is None else argv)
     if EXIT_CODES in os.environ and "RANK" in os.environ:
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        (Path(os.environ[EXIT_CODES]) / f"{start}-{os.environ['RANK']}").write_text(str(code))
+        (Path(os.environ[EXIT_CODES]) / os.environ["RANK"]).write_text(str(code))
     return code
 
 
@@ -78,7 +77,8 @@ def _run(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if known is None:
             raise
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not known.is_everywhere:
+        # One rank of each node says what all raise: nodes may have been started with different files or overrides.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not known.is_everywhere:
             prefix = f"error (rank {rank}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
             for line in str(known).splitlines():
                 sys.stderr.write(f"{prefix}{line}\n")

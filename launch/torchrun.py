@@ -2,7 +2,8 @@
 
 Plain `torchrun` starts the same training; it just ends with exit code 1 and a stack of its own whatever the
 worker's code was. A scheduler that must tell "wrong config" (2) from "preempted and saved" (75) uses this.
-`--max-restarts N` starts all ranks again, up to N times, when one fails; they resume from the newest checkpoint.
+`--max-restarts N` starts all ranks again, up to N times, when one dies or loses a peer; they resume from the newest
+checkpoint. After 2, 3, 4, 6 or 75 nothing is started again, and every node ends with that code (launch/_agent.py).
 SIGUSR1, with which Slurm warns of a time limit, is passed on to the ranks too, which save and end with 75.
 """
 
@@ -10,7 +11,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch._cli import EXIT_CODES, run_command
 from trainer.errors import ConfigError, PeerLostError
@@ -24,7 +24,11 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api
 
+    from launch._agent import Agent, JobOver, final, reported
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc] # torch has no argument for it
     # Kubeflow and other launchers number nodes with these. They are not the rank of a worker, which torchrun sets.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -44,14 +48,19 @@ def main(argv: list[str]) -> int:
         os.environ[EXIT_CODES] = folder
         try:
             torchrun.run(arguments)
+        except JobOver as over:
+            return over.code
         except ChildFailedError as error:
             # The agent ends a worker that takes its time to leave, whose own code is then lost to it.
-            return cause([*(failure.exitcode for failure in error.failures.values()), *reported(Path(folder))])
+            return cause([*(failure.exitcode for failure in error.failures.values()), *reported()])
         except SignalException as error:
             # The agent has passed the signal on and waited for its workers, but does not say how they ended: they do.
-            codes = reported(Path(folder))
+            codes = reported()
             return cause(codes) if any(codes) else 128 + error.sigval
         except RendezvousError as error:
+            code = final(reported())
+            if code is not None:  # the node of the rendezvous ended before this one had seen its ranks do
+                return code
             raise PeerLostError(
                 f"rendezvous at {arguments.rdzv_endpoint}: {error} Is the first node up and reachable, and does every "
                 "node name the same endpoint and id?"
@@ -59,13 +68,6 @@ def main(argv: list[str]) -> int:
         finally:
             del os.environ[EXIT_CODES]  # this process is no rank
     return 0
-
-
-def reported(folder: Path) -> list[int]:
-    """The codes that ranks of the last start have said they end with, in the order they did."""
-    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    last = max((int(path.name.partition("-")[0]) for path in files), default=0)
-    return [int(path.read_text()) for path in files if path.name.startswith(f"{last}-")]
 
 
 def cause(codes: Sequence[int]) -> int:

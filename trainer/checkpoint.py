@@ -49,7 +49,7 @@ from trainer.checkpoint_files import (
 )
 from trainer.divergence import refuse_divergence
 from trainer.engine import Engine
-from trainer.errors import CheckpointError, StorageError
+from trainer.errors import CheckpointError, NumericError, StorageError
 from trainer.hooks import HookList
 from trainer.model_weights import load_weights
 from trainer.optimizer_state import INDEX, read_fragments, write_index
@@ -108,8 +108,7 @@ class CheckpointStore:
         """
         self.finish()
         began = time.perf_counter()
-        plan = hashlib.sha256(json.dumps(state.plan).encode()).hexdigest()
-        refuse_divergence(engine.module, {"hook state": hooks.digest(), "the mixture of the data": plan}, state.step)
+        self.refuse_divergence(engine, hooks, state)
         staging = self._root / f"tmp-step-{state.step:08d}"
         _on_main(lambda: self._open_staging(staging))
         snapshot = Snapshot.take(engine, hooks, state)
@@ -121,6 +120,16 @@ class CheckpointStore:
         else:
             # A daemon: after an error nothing may wait for ranks that are gone.
             threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True).start()
+
+    def refuse_divergence(self, engine: Engine, hooks: HookList, state: TrainState) -> None:
+        """Raise NumericError on every rank if what they train is no longer the same; every rank calls it."""
+        plan = hashlib.sha256(json.dumps(state.plan).encode()).hexdigest()
+        digests = {"hook state": hooks.digest(), "the mixture of the data": plan}
+        try:
+            refuse_divergence(engine.module, digests, state.step)
+        except NumericError:
+            self.finish()  # what is still being written is from before
+            raise
 
     def finish(self) -> None:
         """Wait for the save under way and raise what went wrong in it, the same on every rank."""

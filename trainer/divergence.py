@@ -1,4 +1,5 @@
-"""Are the ranks still training the same model? Asked before every checkpoint, so that none is of a run that split.
+"""Are the ranks still training the same model? Asked before every checkpoint, so that none is of a run that split, and
+every `train.verify_every` steps.
 
 Replicas of a tensor must be equal bit for bit: every rank applies the same reduced gradients. A silent error of memory
 or a missing reduction on one rank breaks that, and no loss shows it for a long time.

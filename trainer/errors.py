@@ -10,7 +10,7 @@ class EvenkeelError(Exception):
 
     exit_code = 1
     is_everywhere = False
-    """Every rank raises this same error, so one of them is enough to say it."""
+    """Every rank raises this same error, so one of each node is enough to say it."""
 
 
 class ConfigError(EvenkeelError):

@@ -143,6 +143,6 @@ def refuse_warnings(warnings: Sequence[str], tight: Sequence[str]) -> None:
 
 
 def _alike(error: EvenkeelError) -> EvenkeelError:
-    """Marks an error that every rank raises, so that one of them says it."""
+    """Marks an error that every rank raises, so that one of each node says it."""
     error.is_everywhere = True
     return error

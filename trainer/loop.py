@@ -72,6 +72,9 @@ class TrainConfig:
     """Steps whose loss stands out."""
     write_every: int = 1
     """Steps whose metrics are copied from the device and written together."""
+    verify_every: int = 100
+    """Steps between checks that ranks still hold the same parameters, buffers and hook state, which every save makes
+    too; 0 leaves it to the saves."""
 
     def problems(self) -> list[str]:
         """Every inconsistency, one line each, beginning with the field's name."""
@@ -92,6 +95,8 @@ class TrainConfig:
                 f"spikes.patience: the run ends after max_skipped_in_a_row ({self.max_skipped_in_a_row}) spikes in a "
                 f"row, before {self.spikes.patience} could make it go back; raise that or lower this"
             )
+        if self.verify_every < 0:
+            found.append(f"verify_every: {self.verify_every} is negative; use 0 to compare ranks only at checkpoints")
         return found
 
     def mode(self, *, needs_whole_step: bool, keeps_graphs: bool = True) -> AccumulationMode:
@@ -211,8 +216,9 @@ class Trainer:
             last = signals.stop or state.step == config.steps
             evaluates = state.step == config.steps or _due(state.step, self.evaluation.every)
             saves = last or _due(state.step, self.checkpoint.every)
+            verifies = _due(state.step, config.verify_every)
             # What follows may end the run, or writes what must come after this step's row.
-            wait = bool(saves or evaluates or signals.save_failed or state.skipped_in_a_row)
+            wait = bool(saves or verifies or evaluates or signals.save_failed or state.skipped_in_a_row)
             if wait or state.step % config.write_every == 0:
                 self.write(self.telemetry.flush(wait=wait))
             if signals.save_failed:
@@ -224,6 +230,9 @@ class Trainer:
                     f"step {state.step}: {state.skipped_in_a_row} steps in a row were skipped; the last checkpoint is "
                     "intact: lower the learning rate or look at the samples named in log.txt, then start again"
                 )
+            if verifies and not saves and not rewinds:  # which do it themselves
+                self._note_plan()
+                self.store.refuse_divergence(self.engine, self.hooks, state)
             if evaluates:
                 self._evaluate()
             if saves and not rewinds:
@@ -333,8 +342,11 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         self.telemetry.store_totals(self.state)
-        self.state.plan = self.corpus.plan.state_dict(self.state.samples)
+        self._note_plan()
         self.store.save(self.engine, self.hooks, self.state, wait=wait)
+
+    def _note_plan(self) -> None:
+        self.state.plan = self.corpus.plan.state_dict(self.state.samples)
 
     def _rewind(self) -> bool:
         """Take weights, optimizer and hooks back to a checkpoint from before the spikes; the data goes on.

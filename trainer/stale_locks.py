@@ -19,11 +19,16 @@ def wait_for_extension_lock(*, patience_s: float = 300.0) -> None:
     from torch.utils.cpp_extension import _get_build_directory
 
     lock = Path(_get_build_directory(_SHM_OP, verbose=False)) / "lock"
+    touched, seen = 0.0, 0.0
     while True:
         try:
-            age_s = time.time() - lock.stat().st_mtime
+            latest = lock.stat().st_mtime
         except OSError:
             return
+        if latest != touched:
+            touched, seen = latest, time.monotonic()
+        # The wall clock may have been set back since then: what this process has waited counts in any case.
+        age_s = max(time.time() - touched, time.monotonic() - seen)
         if age_s > patience_s:
             log.warning("%s is %.0f s old: whoever took it is gone, so it is removed", lock, age_s)
             lock.unlink(missing_ok=True)

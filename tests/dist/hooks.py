@@ -13,9 +13,10 @@ from trainer.hooks import Hook, RunContext, StepContext, StepResult, StopReason
 
 
 class Poison(Hook):
-    """Makes one sample's loss, or one parameter's gradient, NaN on one rank from step `first` to step `last`."""
+    """Makes one sample's loss, or the gradient of one parameter or of one expert, NaN on one rank from step `first` to
+    step `last`."""
 
-    def __init__(self, kind: Literal["loss", "gradient"], first: int, last: int, rank: int = 1) -> None:
+    def __init__(self, kind: Literal["loss", "gradient", "expert"], first: int, last: int, rank: int = 1) -> None:
         self._kind, self._steps, self._rank = kind, range(first, last + 1), rank
         self._step = 1
 
@@ -24,8 +25,10 @@ class Poison(Hook):
             return
         if self._kind == "loss":
             run.model.register_forward_hook(self._poison_loss)
-        else:
+        elif self._kind == "gradient":
             next(run.model.parameters()).register_hook(self._poison_gradient)
+        else:
+            run.model.get_parameter("blocks.1.mlp.experts.down").register_hook(self._poison_expert)
 
     def after_step(self, step: StepContext, result: StepResult) -> None:
         self._step = step.step + 1
@@ -36,6 +39,12 @@ class Poison(Hook):
         mask = torch.zeros_like(losses_BT)
         mask[0, 3] = torch.nan
         return losses_BT + mask
+
+    def _poison_expert(self, gradient_EFD: Tensor) -> Tensor:
+        poisoned_EFD = gradient_EFD.clone()
+        if self._step in self._steps:
+            poisoned_EFD[-1, 0, 0] = torch.nan
+        return poisoned_EFD
 
     def _poison_gradient(self, gradient: Tensor) -> Tensor:
         return gradient * torch.nan if self._step in self._steps else gradient

@@ -8,8 +8,11 @@ import torch
 import trainer.memory
 from moe.model import MoEDecoder
 from trainer.data.corpus import IGNORED_LABEL, Rows, TokenCorpus
+from trainer.data.order import Integers
+from trainer.data.plan import SamplePlan
 
-MASKED_EVERY = 8  # samples of a step in the tests
+BATCH = 8  # samples of a step in the tests
+MASKED_EVERY = BATCH
 
 
 def no_free_memory() -> None:
@@ -50,6 +53,16 @@ def uneven_samples() -> None:
     TokenCorpus.train_batch = train_batch  # type: ignore[method-assign]
 
 
+def third_batch_left_out() -> None:
+    """The data of every step from the third on is that of the step after it."""
+    original = SamplePlan.locate
+
+    def locate(self: SamplePlan, samples_S: Integers) -> tuple[Integers, Integers]:
+        return original(self, samples_S + BATCH * (samples_S >= 2 * BATCH))
+
+    SamplePlan.locate = locate  # type: ignore[method-assign]
+
+
 def idle_parameter() -> None:
     """The model has a matrix of ones that no loss depends on."""
     original = MoEDecoder.__init__
@@ -62,5 +75,13 @@ def idle_parameter() -> None:
 
 
 SEAMS: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (no_free_memory, memory_for_two_more, masked_samples, uneven_samples, idle_parameter)
+    each.__name__: each
+    for each in (
+        no_free_memory,
+        memory_for_two_more,
+        masked_samples,
+        uneven_samples,
+        third_batch_left_out,
+        idle_parameter,
+    )
 }

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.harness import rows, run, run_trainings, tiny_config
+from tests.harness import losses, rows, run, run_trainings, tiny_config
 from trainer.data.config import DataConfig
 
 POISONED_STEP = 3
@@ -47,7 +47,11 @@ CASES = {
     "gradient, bf16 ZeRO 0": ("gradient", ["engine.zero_stage=0", "engine.precision=bf16"]),
     "gradient, bf16 ZeRO 1": ("gradient", ["engine.zero_stage=1", "engine.precision=bf16"]),
     "gradient, bf16 ZeRO 2": ("gradient", ["engine.zero_stage=2", "engine.precision=bf16"]),
-}
+    "expert, fp32 ZeRO 0": ("expert", ["engine.zero_stage=0"]),
+    "expert, bf16 ZeRO 1 EP 2": (
+        "expert", ["engine={zero_stage: 1, precision: bf16, expert_parallel_size: 2}", NO_REWEIGHT]
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -> P
     return folder
 
 
+FAULTS = {
+    "loss": (10, "NaN in a loss on one rank"),
+    "expert": (10, "NaN in one number of one expert's gradient on one rank"),
+    "gradient": (12, "NaN in a gradient on one rank"),
+}
+
+
 def marked(name: str) -> object:
-    fault = (10, "NaN in a loss on one rank") if CASES[name][0] == "loss" else (12, "NaN in a gradient on one rank")
-    return pytest.param(name, marks=pytest.mark.fault(*fault))
+    return pytest.param(name, marks=pytest.mark.fault(*FAULTS[CASES[name][0]]))
 
 
 @pytest.mark.parametrize("name", map(marked, CASES))
@@ -98,6 +108,23 @@ def test_poisoned_step_changes_nothing(name: str, runs: Path) -> None:
     assert training[3]["lr"] == pytest.approx(3e-3), "the learning rate of the third update comes with the fourth step"
     later = safetensors.torch.load_file(run_dir / "checkpoints" / "step-00000004" / "model.safetensors")
     assert not torch.equal(later["embedding.weight"], safetensors.torch.load_file(after / "model.safetensors")["embedding.weight"])
+
+
+@pytest.mark.fault(10, "the steps after a NaN")
+def test_the_steps_after_are_those_of_a_run_without_the_batch(
+    runs: Path, tmp_path: Path, data_config: DataConfig
+) -> None:
+    name = "expert, fp32 ZeRO 0"
+    config = runs / name / "config.yaml"
+    run_trainings(
+        [(config, [f"run_dir={tmp_path}", *CASES[name][1], "hooks.poison.enabled=false", "checkpoint.every=5"])],
+        ranks=2, seam="third_batch_left_out",
+    )  # fmt: skip
+    skipped, left_out = losses(runs / name / "run"), losses(tmp_path)
+    assert [*skipped[:2], *skipped[3:]] == left_out[:5]
+    folders = runs / name / "run" / "checkpoints" / "step-00000006", tmp_path / "checkpoints" / "step-00000005"
+    weights, expected = (safetensors.torch.load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items()), "the experts' biases too"
 
 
 @pytest.mark.fault(11, "NaN in step after step")

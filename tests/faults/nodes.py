@@ -17,6 +17,7 @@ from tests.harness import environment
 
 PORT = 29513  # free: nothing else listens in a new namespace
 INTERFACE = "node0"
+JOIN_TIMEOUT_S = 90
 
 
 class NoNamespaces(Exception):
@@ -43,7 +44,7 @@ class Agent(Job):
 
     def __init__(
         self, node: Node, config: Path, run_dir: Path, *overrides: str, nodes: "list[Node]", ranks: int = 1,
-        max_restarts: int = 2, join_timeout: int = 90, fault: str = "",
+        max_restarts: int = 2, join_timeout: int = JOIN_TIMEOUT_S, fault: str = "",
     ) -> None:  # fmt: skip
         self._node = node
         is_host = str(node == nodes[0]).lower()

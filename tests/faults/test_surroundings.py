@@ -79,6 +79,26 @@ def test_a_rank_that_lags_is_named(two_ranks: Reference) -> None:
     assert f"rank 1 ({socket.gethostname()})" in line
 
 
+@pytest.mark.fault(28, "wall clock set back and forward")
+def test_a_clock_that_jumps_is_no_failure(two_ranks: Reference) -> None:
+    run_dir = two_ranks.config.parent / "jumping clock"
+    jumps = "clock=-86400@1:3:forward,clock=7200@0:5:forward,clock=-9000@0:8:save_write,clock=90000@1:10:save_start"
+    job = Job(two_ranks.config, run_dir, ranks=2, fault=jumps)
+    assert job.end() == 0, job.log[-3000:]
+    assert job.log.count("fault: clock") == 4
+    assert_same_run(run_dir, two_ranks.run_dir)
+    seconds = [
+        float(value)  # type: ignore[arg-type]
+        for row in rows(run_dir)
+        for name, value in row.items()
+        if name.startswith("time/") and name.endswith("_s")
+    ]
+    seconds += [float(text) for text in re.findall(r"(?:saved in|held training) ([0-9.]+) s", job.log)]
+    assert len(seconds) > 16
+    assert all(0 <= value < 60 for value in seconds), "durations are not differences of wall clocks"
+    assert "times as long as the median rank" not in job.log, "no rank is taken for slow"
+
+
 @pytest.mark.fault(2, "all ranks and the launcher killed (-9) at random")
 @pytest.mark.parametrize("seed", range(3))
 def test_all_killed_at_random(seed: int, two_ranks: Reference, record_property: Record) -> None:

@@ -17,7 +17,7 @@ from tests.faults.faultkit import (
     on_record,
     processes_of,
 )
-from tests.faults.nodes import Agent, Node, NoNamespaces, two_nodes
+from tests.faults.nodes import JOIN_TIMEOUT_S, Agent, Node, NoNamespaces, two_nodes
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,38 @@ def test_without_the_first_node_the_others_end_with_5(
 
 @pytest.mark.slow
 @pytest.mark.fault(33, "one node asked to stop")
-def test_sigterm_to_one_node_saves_on_all(nodes: list[Node], two_ranks: Reference) -> None:
-    first, second = nodes
-    run_dir = two_ranks.config.parent / "one node stops"
-    stays = Agent(first, two_ranks.config, run_dir, nodes=nodes, max_restarts=0)
-    goes = Agent(second, two_ranks.config, run_dir, nodes=nodes, max_restarts=0, fault="sleep=2@1:7:forward")
-    goes.when("fault:")
-    goes.send(signal.SIGUSR1)
-    assert [goes.end(), stays.end()] == [75, 75], goes.log[-3000:]
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("to", ["launcher", "ranks"])
+def test_sigterm_to_one_node_saves_on_all(asked: int, to: str, nodes: list[Node], two_ranks: Reference) -> None:
+    run_dir = two_ranks.config.parent / f"node {asked} stops, told by {to}"
+    agents = [
+        Agent(node, two_ranks.config, run_dir, nodes=nodes, max_restarts=3, fault="sleep=2@0:7:forward")
+        for node in nodes
+    ]
+    agents[0].when("fault:")
+    before = time.monotonic()
+    agents[asked].send(signal.SIGTERM if to == "ranks" else signal.SIGUSR1, to=to)
+    assert [agent.end() for agent in agents] == [75, 75], agents[1 - asked].log[-3000:]
+    assert time.monotonic() - before < JOIN_TIMEOUT_S / 2, "nobody waited for a node to come back"
+    assert not any("resumed" in agent.log for agent in agents)
     assert lost_steps(run_dir) == 0
     assert checkpoints(run_dir)[-1] in (7, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(33, "one node started with a mistake")
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_mistake_on_one_node_ends_all_with_2(wrong: int, nodes: list[Node], two_ranks: Reference) -> None:
+    run_dir = two_ranks.config.parent / f"node {wrong} has it wrong"
+    patient = "engine.collective_timeout_s=300"  # as long would the others wait for the ranks of this node
+    agents = [
+        Agent(node, two_ranks.config, run_dir, patient, *(["train.stepz=3"] if number == wrong else []), nodes=nodes)
+        for number, node in enumerate(nodes)
+    ]
+    before = time.monotonic()
+    assert [agent.end() for agent in agents] == [2, 2], agents[1 - wrong].log[-3000:]
+    assert time.monotonic() - before < JOIN_TIMEOUT_S / 2
+    assert sum("train.stepz" in line for agent in agents for line in agent.errors) == 1, "once, and nothing restarted"
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
     FAULT = action@rank:step:phase [, action@rank:step:phase ...]        action = kill, sleep=3, scale=1000, ...
 
 Phases: build, load, fetch, forward, loss, before_step, after_step, evaluate, save_start, save_write,
-save_before_manifest, save_before_rename. `scale` multiplies the losses of the forward that begins. Each fault happens
-once in a process, and not again after torchrun restarted it.
+save_before_manifest, save_before_rename. `scale` multiplies the losses of the forward that begins, `clock` sets
+the wall clock that Python sees so many seconds forward (or back). Each fault happens once in a process, and not again
+after torchrun restarted it.
 """
 
 import errno
@@ -87,6 +88,12 @@ def alter_bias() -> None:
     HERE.model.moe_layers()[0].router.expert_bias_E[0] += 1e-6
 
 
+def set_clock(seconds: float) -> None:
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+
 def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -113,7 +120,7 @@ def parse(text: str) -> list[Fault]:
         what, _, where = part.strip().partition("@")
         action, _, value = what.partition("=")
         rank, step, phase = where.split(":")
-        assert action in ACTIONS or action in ("sleep", "scale"), action
+        assert action in ACTIONS or action in ("sleep", "scale", "clock"), action
         found.append(Fault(action, value, int(rank), int(step), phase))
     return found
 
@@ -132,6 +139,8 @@ def at(phase: str, step: int | None = None) -> None:
             time.sleep(float(fault.value))
         elif fault.action == "scale":
             HERE.scale = float(fault.value)
+        elif fault.action == "clock":
+            set_clock(float(fault.value))
         else:
             ACTIONS[fault.action]()
 

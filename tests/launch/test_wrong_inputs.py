@@ -118,6 +118,7 @@ BAD_VALUES = {
     "data.prefetch_steps=9": "sampling_delay: 4 must be at least prefetch_steps (9)",
     "hooks.domain_reweight={target: sampling, weights: {code: 1}}": "fixed weights of the sampling are data.weights",
     "train.sequence_length=10000000": "no domain has 10000001 training tokens",
+    "train.verify_every=-1": "verify_every: -1 is negative; use 0 to compare ranks only at checkpoints",
     "checkpoint.keep=0": "keep: 0 would delete the only checkpoint",
     "data.vocab_size=400": "was prepared with 320, not 400",
     "data.packing=best_fit": "set model.document_mask to true",

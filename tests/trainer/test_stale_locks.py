@@ -29,6 +29,16 @@ def test_a_lock_left_behind_is_removed(lock: Path) -> None:
     assert not lock.exists()
 
 
+@pytest.mark.timeout(30)
+def test_a_lock_from_before_the_clock_was_set_back_is_removed(lock: Path) -> None:
+    lock.touch()
+    os.utime(lock, (time.time() + 86400, time.time() + 86400))
+    start = time.monotonic()
+    wait_for_extension_lock(patience_s=0.5)
+    assert 0.4 < time.monotonic() - start < 20
+    assert not lock.exists()
+
+
 def test_a_lock_in_use_is_waited_for(lock: Path) -> None:
     lock.touch()
     released = threading.Timer(0.5, lock.unlink)
