@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.loader import to_dict
 from configs.schema import RunConfig
-from configs.typed import leaf_key, leaves_of
+from configs.typed import flat
 from launch._tensors import WEIGHTS, TensorFolder, read_manifest, verify_weights
 from moe.model import MoEDecoder
 from trainer import ranks
@@ -118,8 +118,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
     """The model section as flat keys, as manifests keep it."""
-    flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
-    return {key: value for key, value in flat.items() if key.startswith("model.")}
+    return {key: value for key, value in flat(to_dict(config)).items() if key.startswith("model.")}
 
 
 def _changed_settings(config: RunConfig, manifest: Mapping[str, Any]) -> list[str]:

@@ -47,6 +47,7 @@ from trainer.checkpoint_files import (
     step_of,
     write_durably,
 )
+from trainer.differences import differences
 from trainer.divergence import refuse_divergence
 from trainer.engine import Engine
 from trainer.errors import CheckpointError, StorageError
@@ -204,13 +205,7 @@ class CheckpointStore:
     def _refuse_foreign(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: format {manifest.get('format')}, this code reads format {FORMAT}")
-        saved = manifest["identity"]
-        keys = sorted(saved.keys() | self._identity.keys())
-        changed = [
-            f"{key}: {saved.get(key, 'absent')} -> {self._identity.get(key, 'absent')}"
-            for key in keys
-            if saved.get(key) != self._identity.get(key)
-        ]
+        changed = differences(manifest["identity"], self._identity)
         if changed:
             raise CheckpointError(
                 f"{folder} belongs to another run ({'; '.join(changed)}): restore these settings, or set a new run_dir"

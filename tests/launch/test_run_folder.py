@@ -1,4 +1,4 @@
-"""The log of a run does not grow without end."""
+"""What a start leaves in a run folder: a log that does not grow without end, and the settings it goes on with."""
 
 import logging
 from collections.abc import Iterator
@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.loader import load_run_config
 from launch import _run_folder
+from launch.report_sections._log import read_log
+from tests.harness import tiny_config
+from trainer.data.config import DataConfig
 
 
 @pytest.fixture
@@ -28,3 +32,35 @@ def test_the_log_rotates(tmp_path: Path, logger: logging.Logger, monkeypatch: py
     assert files == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3", "log.txt.4"]
     assert all(path.stat().st_size <= 2000 for path in tmp_path.iterdir())
     assert (tmp_path / "log.txt").read_text().endswith("line 999\n"), "the newest lines are in log.txt"
+
+
+def test_every_changed_setting_is_logged_by_its_key(
+    tmp_path: Path, logger: logging.Logger, data_config: DataConfig
+) -> None:
+    """Also one whose new line stands elsewhere in the file (`every: 6` is evaluation's), and one that is gone."""
+    path = tiny_config(tmp_path, data_config)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    _run_folder.start_logging(run_dir)
+    _run_folder.take_config(run_dir, load_run_config(path, ["data.weights={prose: 3}"]))
+    assert read_log(run_dir) == [], "the first start changes nothing"
+    (run_dir / "metrics.jsonl").touch()
+    changed = load_run_config(
+        path, ["checkpoint.every=6", "hooks.sample_reweight.temperature.value=0.7", "data.weights={code: 2}"]
+    )
+    _run_folder.take_config(run_dir, changed)
+    assert load_run_config(run_dir / "config.yaml") == changed
+    _run_folder.take_config(run_dir, changed)
+    (run_dir / "config.yaml").write_text("a: [")
+    _run_folder.take_config(run_dir, changed)
+    events = read_log(run_dir)
+    said = [event.text.removeprefix("config changed since the last start of this run: ") for event in events]
+    assert {event.kind for event in events[:-1]} == {"config"}
+    assert said[:-1] == [
+        "checkpoint.every: 4 -> 6",
+        "data.weights.code: absent -> 2.0",
+        "data.weights.prose: 3.0 -> absent",
+        "hooks.sample_reweight.temperature.value: 0.5 -> 0.7",
+    ]
+    assert "config.yaml: is not valid YAML" in said[-1]
+    assert load_run_config(run_dir / "config.yaml") == changed
