@@ -19,6 +19,7 @@ from configs.typed import flat
 from launch._tensors import WEIGHTS, TensorFolder, read_manifest, verify_weights
 from moe.model import MoEDecoder
 from trainer import ranks
+from trainer.checkpoint_files import published
 from trainer.data.corpus import TokenCorpus
 from trainer.data.prepare import TOKENIZER
 from trainer.errors import ConfigError
@@ -39,7 +40,7 @@ _CHANGES_NO_FUNCTION = (
 
 def is_fresh(run_dir: Path) -> bool:
     """Whether a run folder has no checkpoint, so that a run in it starts from initial weights. All ranks agree."""
-    return bool(ranks.broadcast_object(not any((run_dir / "checkpoints").glob("step-*"))))
+    return bool(ranks.broadcast_object(not published(run_dir / "checkpoints")))
 
 
 def check_initial_weights(config: RunConfig, corpus: TokenCorpus) -> None:

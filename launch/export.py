@@ -29,7 +29,7 @@ from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, parse_size, read
 from launch._trained import has_multiplicative_bias
 from moe.hf_config import CLASSES, Architecture, choose_architecture, export_problems, has_selection_bias, to_hf
 from moe.hf_layout import layout
-from trainer.checkpoint_files import newest_intact
+from trainer.checkpoint_files import newest_intact, published, step_of
 from trainer.data.prepare import TOKENIZER
 from trainer.data.prepare import read_manifest as read_corpus_manifest
 from trainer.errors import CheckpointError, ConfigError
@@ -105,7 +105,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
         return newest
     folder = run / "checkpoints" / f"step-{step:08d}"
     if not folder.is_dir():
-        kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+        kept = [step_of(path) for path in published(run / "checkpoints")]
         raise CheckpointError(f"--step: {run} has no checkpoint of step {step}, only of {kept}")
     return folder
 
