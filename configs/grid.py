@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from configs.typed import leaf_key, leaves_of
+from configs.typed import flat
 
 _SLURM_TIMES = ("time", "time-min", "begin", "deadline")
 
@@ -173,11 +173,6 @@ class GridConfig:
             elif name in ("array", "signal", "output", "open-mode", "job-name", "requeue", "ntasks-per-node"):
                 found.append(f"slurm.{name}: is set by the grid; remove it")
         return found
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables and keys with dots as keys with dots alone."""
-    return {leaf_key(leaf): leaf.value for leaf in leaves_of(settings, "")}
 
 
 def value_label(value: Any) -> str:

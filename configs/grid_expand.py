@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from configs.grid import AxisConfig, GridConfig, flat, value_label
+from configs.grid import AxisConfig, GridConfig, value_label
+from configs.typed import flat
 
 RESERVED = ("name", "run_dir", "seed", "wandb.group")
 """Keys that the grid itself sets for each run."""

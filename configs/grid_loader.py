@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.grid import GridConfig, flat
+from configs.grid import GridConfig
 from configs.grid_expand import RESERVED, Variant, expand, run_name
 from configs.loader import load_run_config, parse_overrides, read_tree
 from configs.schema import RunConfig, folder_name_problems
-from configs.typed import Leaf, build_typed, leaf_key, leaves_of
+from configs.typed import Leaf, build_typed, flat, leaf_key, leaves_of
 from trainer.data.prepare import preparation_settings
 from trainer.errors import ConfigError
 

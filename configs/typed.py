@@ -39,6 +39,11 @@ def leaf_key(leaf: Leaf) -> str:
     return ".".join(leaf.key)
 
 
+def flat(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Tables and keys with dots as full keys alone, each with its value."""
+    return {leaf_key(leaf): leaf.value for leaf in leaves_of(tree, "")}
+
+
 def build_typed(schema: type[T], leaves: Sequence[Leaf]) -> tuple[T, list[str]]:
     """An instance of the dataclass `schema` with each leaf set in turn, and a line for each leaf that does not fit.
 

@@ -13,9 +13,10 @@ from typing import IO, Any, Literal, get_args
 from configs.grid_loader import Grid, GridRun
 from configs.loader import load_run_config, to_dict, to_yaml
 from configs.schema import RunConfig
-from configs.typed import leaf_key, leaves_of
+from configs.typed import flat
 from launch._folder_lock import folder_holder, lock_folder
 from launch._replace_file import replace_file
+from trainer.differences import differences
 from trainer.errors import CheckpointError, ConfigError, StorageError
 
 FORMAT = 1
@@ -176,10 +177,8 @@ def _at_rest(run: GridRun, state: RunState) -> RunState:
 
 
 def _differences(before: RunConfig, now: RunConfig) -> list[str]:
-    old, new = ({leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(each), "")} for each in (before, now))
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    shown = [f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in keys[:4]]
-    return shown + ([f"and {len(keys) - 4} more"] if len(keys) > 4 else [])
+    found = differences(flat(to_dict(before)), flat(to_dict(now)))
+    return found[:4] + ([f"and {len(found) - 4} more"] if len(found) > 4 else [])
 
 
 def _storage_error(error: OSError, path: Path) -> StorageError:

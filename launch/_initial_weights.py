@@ -15,10 +15,11 @@ from torch import Tensor
 
 from configs.loader import to_dict
 from configs.schema import RunConfig
-from configs.typed import leaf_key, leaves_of
+from configs.typed import flat
 from launch._tensors import WEIGHTS, TensorFolder, read_manifest, verify_weights
 from moe.model import MoEDecoder
 from trainer import ranks
+from trainer.checkpoint_files import published
 from trainer.data.corpus import TokenCorpus
 from trainer.data.prepare import TOKENIZER
 from trainer.errors import ConfigError
@@ -39,7 +40,7 @@ _CHANGES_NO_FUNCTION = (
 
 def is_fresh(run_dir: Path) -> bool:
     """Whether a run folder has no checkpoint, so that a run in it starts from initial weights. All ranks agree."""
-    return bool(ranks.broadcast_object(not any((run_dir / "checkpoints").glob("step-*"))))
+    return bool(ranks.broadcast_object(not published(run_dir / "checkpoints")))
 
 
 def check_initial_weights(config: RunConfig, corpus: TokenCorpus) -> None:
@@ -118,8 +119,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
     """The model section as flat keys, as manifests keep it."""
-    flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
-    return {key: value for key, value in flat.items() if key.startswith("model.")}
+    return {key: value for key, value in flat(to_dict(config)).items() if key.startswith("model.")}
 
 
 def _changed_settings(config: RunConfig, manifest: Mapping[str, Any]) -> list[str]:

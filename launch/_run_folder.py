@@ -10,11 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from configs.loader import to_dict, to_yaml
+from configs.loader import read_tree, to_dict, to_yaml
 from configs.schema import RunConfig
+from configs.typed import flat
 from launch._console import terminal
 from launch._folder_lock import lock_folder
+from launch._replace_file import replace_file
 from trainer import ranks
+from trainer.differences import differences
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.hooks import StopReason
 from trainer.metrics import JsonlLog, iter_jsonl
@@ -30,12 +33,11 @@ _OLD_LOGS = 4  # files; older ones are deleted
 
 
 class RunFolder:
-    """Opens a run folder for one job: log file, resolved config, and a lock that a dead job does not hold."""
+    """Opens a run folder for one job: log file, and a lock that a dead job does not hold."""
 
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
-        self._run_dir, self._config = run_dir, config
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._lock: IO[str] | None = None
-        self._changes: list[str] = []
 
     def __enter__(self) -> "RunFolder":
         problem = ranks.broadcast_object(self._open() if ranks.is_main() else None)
@@ -43,8 +45,6 @@ class RunFolder:
             kind, message = problem
             raise {"storage": StorageError, "taken": CheckpointError}[kind](message)
         start_logging(self._run_dir)
-        for line in self._changes:
-            log.warning("config changed since the last start of this run: %s", line.strip())
         return self
 
     def __exit__(
@@ -63,21 +63,40 @@ class RunFolder:
             if isinstance(lock, str):
                 return ("taken", f"run_dir: {self._run_dir} is in use by {lock}; stop it or set another name")
             self._lock = lock
-            self._changes = self._changed_lines()
-            (self._run_dir / "config.yaml").write_text(to_yaml(self._config))
         except OSError as error:
-            return (
-                "storage",
-                f"run_dir: {error.filename or self._run_dir}: {error.strerror}; make it writable or set another",
-            )
+            return ("storage", _not_writable(self._run_dir, error))
         return None
 
-    def _changed_lines(self) -> list[str]:
-        previous = self._run_dir / "config.yaml"
-        if not previous.exists():
-            return []
-        before, now = previous.read_text().splitlines(), to_yaml(self._config).splitlines()
-        return sorted(set(now) - set(before))
+
+def take_config(run_dir: Path, config: RunConfig) -> None:
+    """Write config.yaml and log what of it is new; every rank calls it, once the newest checkpoint has been loaded.
+
+    Until then the file is of the start before: a start that is refused must not leave settings that no checkpoint has.
+    Raises StorageError.
+    """
+    problem = ranks.broadcast_object(_take_config(run_dir, config) if ranks.is_main() else None)
+    if problem is not None:
+        raise StorageError(problem)
+
+
+def _take_config(run_dir: Path, config: RunConfig) -> str | None:
+    path = run_dir / "config.yaml"
+    has_started = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+    try:
+        if has_started and path.exists():
+            for line in differences(flat(read_tree(path)), flat(to_dict(config))):
+                log.warning("config changed since the last start of this run: %s", line)
+    except ConfigError as error:
+        log.warning("config of the last start of this run is lost: %s", error)
+    try:
+        replace_file(path, to_yaml(config))
+    except OSError as error:
+        return _not_writable(path, error)
+    return None
+
+
+def _not_writable(path: Path, error: OSError) -> str:
+    return f"run_dir: {error.filename or path}: {error.strerror}; make it writable or set another"
 
 
 class RunReport:

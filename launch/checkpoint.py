@@ -13,7 +13,7 @@ from rich.table import Table
 
 from launch._cli import run_command
 from launch._console import terminal
-from trainer.checkpoint_files import MANIFEST, problems_of
+from trainer.checkpoint_files import MANIFEST, problems_of, published, step_of
 from trainer.errors import CheckpointError, ConfigError
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         verdict = problems[0] if problems else "whole" if arguments.action == "verify" else "files are there"
-        step = str(int(folder.name.removeprefix("step-")))
+        step = str(step_of(folder))
         table.add_row(step, _ranks(folder), str(len(files)), f"{size / 2**20:,.1f}", verdict)
     terminal().print(table)
     if broken:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 def _folders(run: Path, step: int | None) -> list[Path]:
     if not run.is_dir():
         raise ConfigError(f"{run}: is not a run folder; give one, for instance runs/quickstart")
-    found = sorted((run / "checkpoints").glob("step-*"))
+    found = published(run / "checkpoints")
     if step is not None:
         found = [folder for folder in found if folder.name == f"step-{step:08d}"]
     if not found:

@@ -11,6 +11,7 @@ The checkpoint's hashes are verified first. Weights are read and written tensor 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch import Tensor
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch._cli import run_command
+from launch._identity import identity, refuse_other_settings
 from launch._model_card import model_card
 from launch._new_folder import new_folder
 from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, parse_size, read_manifest, verify_weights
 from launch._trained import has_multiplicative_bias
 from moe.hf_config import CLASSES, Architecture, choose_architecture, export_problems, has_selection_bias, to_hf
 from moe.hf_layout import layout
-from trainer.checkpoint_files import newest_intact
+from trainer.checkpoint_files import newest_intact, published, step_of
 from trainer.data.prepare import TOKENIZER
 from trainer.data.prepare import read_manifest as read_corpus_manifest
 from trainer.errors import CheckpointError, ConfigError
@@ -57,7 +59,10 @@ def main(argv: list[str]) -> int:
     folder = _checkpoint(arguments.run, arguments.step)
     manifest = read_manifest(folder)
     verify_weights(folder, manifest)
-    tokenizer, end = _tokenizer(config, manifest["identity"])
+    corpus = _corpus(config, manifest["identity"])
+    refuse_other_settings(folder, manifest, identity(config, corpus["fingerprint"]))
+    tokenizer = Tokenizer.from_file(str(Path(config.data.path) / TOKENIZER))
+    end = int(corpus["tokenizer"]["end_of_document"])
     source = TensorFolder(folder / WEIGHTS)
     _refuse_lost_bias(source, architecture, config)
 
@@ -100,25 +105,25 @@ def _checkpoint(run: Path, step: int | None) -> Path:
         return newest
     folder = run / "checkpoints" / f"step-{step:08d}"
     if not folder.is_dir():
-        kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+        kept = [step_of(path) for path in published(run / "checkpoints")]
         raise CheckpointError(f"--step: {run} has no checkpoint of step {step}, only of {kept}")
     return folder
 
 
-def _tokenizer(config: RunConfig, identity: dict[str, Any]) -> tuple[Tokenizer, int]:
-    """The run's tokenizer, and the id of the token that ends a document."""
+def _corpus(config: RunConfig, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the run's corpus, which brings the tokenizer."""
     folder = Path(config.data.path)
     corpus = read_corpus_manifest(folder)
     if corpus is None:
         raise ConfigError(
             f"data.path: {folder} holds no prepared corpus, so no tokenizer; bring it back, or prepare it again"
         )
-    if corpus["fingerprint"] != identity.get("data.fingerprint"):
+    if corpus["fingerprint"] != expected.get("data.fingerprint"):
         raise CheckpointError(
             f"data.path: the corpus in {folder} is not the one this run was trained on, its tokenizer may be another; "
             "bring the old one back"
         )
-    return Tokenizer.from_file(str(folder / TOKENIZER)), int(corpus["tokenizer"]["end_of_document"])
+    return corpus
 
 
 def _refuse_lost_bias(source: TensorFolder, architecture: Architecture, config: RunConfig) -> None:

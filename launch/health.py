@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs.loader import load_run_config, to_dict
 from configs.schema import RunConfig
-from configs.typed import leaf_key, leaves_of
+from configs.typed import flat
 from launch._cli import run_command
 from moe.arithmetic import count_parameters
 from trainer import ranks
@@ -80,7 +80,7 @@ def examine(config: RunConfig, vocab_size: int) -> Health:
     return check_health(
         config.health,
         run_dir=Path(config.folder),
-        settings={leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")},
+        settings=flat(to_dict(config)),
         checkpoint_bytes=checkpoint_bytes(config, vocab_size),
         keep=config.checkpoint.keep,
     )

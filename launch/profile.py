@@ -26,9 +26,10 @@ from launch import _step_profile
 from launch._cli import run_command
 from launch._console import terminal
 from launch._corpus import open_corpus
+from launch._identity import identity
 from launch._out_of_memory import explained_out_of_memory
 from launch._run_folder import start_logging
-from launch.train import assemble, build, identity
+from launch.train import assemble, build
 from trainer import ranks
 from trainer.checkpoint import CheckpointStore
 from trainer.engine import Engine
@@ -98,7 +99,7 @@ def measure(
         corpus.plan.require(total * config.train.global_batch_size)
         timeout_s = config.engine.collective_timeout_s
         if run_dir is not None and CheckpointStore(
-            run_dir, config.checkpoint, identity(original, corpus), timeout_s=timeout_s
+            run_dir, config.checkpoint, identity(original, corpus.fingerprint), timeout_s=timeout_s
         ).load_newest(engine, hooks) is None and ranks.is_main():  # fmt: skip
             log.warning("%s has no checkpoint: these are steps of the initial weights", run_dir)
         rows = _Rows()

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from configs.hooks import build_hooks
-from configs.loader import load_run_config, to_dict
+from configs.loader import load_run_config
 from configs.schema import RunConfig
-from configs.typed import leaf_key, leaves_of
 from launch._cli import run_command
 from launch._corpus import open_corpus
+from launch._identity import identity
 from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
 from launch._out_of_memory import explained_out_of_memory
-from launch._run_folder import RunFolder, RunReport, print_summary
+from launch._run_folder import RunFolder, RunReport, print_summary, take_config
 from launch.health import examine_and_record
 from moe.arithmetic import flops_per_token
 from moe.model import MoEDecoder
@@ -32,7 +32,6 @@ from trainer import ranks
 from trainer.checkpoint import CheckpointStore
 from trainer.data.corpus import TokenCorpus
 from trainer.data.loader import TrainLoader
-from trainer.data.order import ORDER
 from trainer.engine import Engine
 from trainer.errors import PREEMPTED_EXIT_CODE, EvenkeelError
 from trainer.hooks import HookList, RunContext, StopReason
@@ -45,17 +44,6 @@ from trainer.telemetry import StepTelemetry
 from trainer.train_state import TrainState
 
 log = logging.getLogger("evenkeel")
-
-# A checkpoint must share these with the run that loads it. Everything else (learning rate, hooks, how the batch is
-# cut, cadence, the mixture of the data ahead) may change between two starts of a run; the change is logged.
-_IDENTITY = (
-    "model.",
-    "seed",
-    "train.global_batch_size",
-    "train.sequence_length",
-    "engine.precision",
-)
-_FREE = ("model.activation_recompute", "model.compile", "model.dropout", "model.loss_tile")
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +68,7 @@ def main(argv: list[str]) -> int:
     stop = StopSignal()
     restore_signal = stop.install()
     start_process_group(config.engine.collective_timeout_s)
-    with RunFolder(run_dir, config):
+    with RunFolder(run_dir):
         examine_and_record(config, corpus.vocab_size)
         reason = train(config, corpus, run_dir, stop)
     stop_process_group()
@@ -101,12 +89,13 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
     torch.manual_seed(config.seed + 1 + ranks.rank())  # from here on: dropout, different on every rank
 
     store = CheckpointStore(
-        run_dir, config.checkpoint, identity(config, corpus), timeout_s=config.engine.collective_timeout_s
+        run_dir, config.checkpoint, identity(config, corpus.fingerprint), timeout_s=config.engine.collective_timeout_s
     )
     state = store.load_newest(engine, hooks) or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)
+    take_config(run_dir, config)  # nothing refuses this start any more
     with RunReport(config, run_dir, corpus.domain_names, start_step=state.step) as report:
         trainer = assemble(config, corpus, run_dir, engine, hooks, run, store, state, report.write, stop)
         reason = trainer.train()
@@ -223,17 +212,6 @@ def open_loader(config: RunConfig, corpus: TokenCorpus) -> TrainLoader:
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=ranks.device().type == "cuda",
     )
-
-
-def identity(config: RunConfig, corpus: TokenCorpus) -> dict[str, Any]:
-    """What a checkpoint must share with the run that loads it."""
-    flat = {leaf_key(leaf): leaf.value for leaf in leaves_of(to_dict(config), "")}
-    fixed = {key: value for key, value in flat.items() if key.startswith(_IDENTITY) and key not in _FREE}
-    return fixed | {
-        "data.fingerprint": corpus.fingerprint,
-        "data.packing": config.data.packing,
-        "data.order": ORDER,
-    }
 
 
 if __name__ == "__main__":

@@ -43,10 +43,12 @@ from trainer.checkpoint_files import (
     fsync_and_hash,
     fsync_folder,
     newest_intact,
+    published,
     size_of,
     step_of,
     write_durably,
 )
+from trainer.differences import differences
 from trainer.divergence import refuse_divergence
 from trainer.engine import Engine
 from trainer.errors import CheckpointError, NumericError, StorageError
@@ -71,7 +73,8 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; 0 saves only at the end and on preemption."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Newest checkpoints kept; older ones are deleted after a newer one is complete. One that was found damaged does
+    not count: it goes when a newer one is complete."""
     asynchronous: bool = True
     """Train on while a thread writes. Costs host memory for a copy of weights and optimizer until it is written."""
 
@@ -100,6 +103,7 @@ class CheckpointStore:
         self._identity = dict(identity)
         self._channel = ranks.side_channel(timeout_s)
         self._saving: Future[None] | None = None
+        self._rejected: set[int] = set()  # steps whose folders are not intact
 
     def save(self, engine: Engine, hooks: HookList, state: TrainState, *, wait: bool = False) -> None:
         """Save this moment; every rank calls it. Returns when the copy is made, or with `wait` when it is published.
@@ -164,7 +168,7 @@ class CheckpointStore:
     def discard(self, first: int, last: int) -> None:
         """Delete the checkpoints between two steps, neither included: their weights turned out to be no good."""
         if ranks.is_main():
-            for folder in self._root.glob("step-*"):
+            for folder in published(self._root):
                 if first < step_of(folder) < last:
                     shutil.rmtree(folder)
         ranks.barrier()
@@ -175,7 +179,11 @@ class CheckpointStore:
         Raises CheckpointError if checkpoints exist but none is intact, or if the intact one is of another run.
         """
         folder = newest_intact(self._root)
-        return None if folder is None else self.load(folder, engine, hooks)
+        if folder is None:
+            return None
+        # All newer ones were looked at before it.
+        self._rejected = {step for each in published(self._root) if (step := step_of(each)) > step_of(folder)}
+        return self.load(folder, engine, hooks)
 
     def load(self, folder: Path, engine: Engine, hooks: HookList) -> TrainState:
         """Restore a verified checkpoint into engine, hooks and generators.
@@ -213,13 +221,7 @@ class CheckpointStore:
     def _refuse_foreign(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: format {manifest.get('format')}, this code reads format {FORMAT}")
-        saved = manifest["identity"]
-        keys = sorted(saved.keys() | self._identity.keys())
-        changed = [
-            f"{key}: {saved.get(key, 'absent')} -> {self._identity.get(key, 'absent')}"
-            for key in keys
-            if saved.get(key) != self._identity.get(key)
-        ]
+        changed = differences(manifest["identity"], self._identity)
         if changed:
             raise CheckpointError(
                 f"{folder} belongs to another run ({'; '.join(changed)}): restore these settings, or set a new run_dir"
@@ -231,7 +233,7 @@ class CheckpointStore:
             for leftover in self._root.glob("tmp-step-*"):
                 shutil.rmtree(leftover)
             staging.mkdir()
-            previous = sorted(self._root.glob("step-*"))
+            previous = published(self._root)
             if previous:
                 needed = int(_SPARE_FACTOR * size_of(previous[-1]))
                 free = shutil.disk_usage(self._root).free
@@ -273,7 +275,8 @@ class CheckpointStore:
                 shutil.rmtree(target)
             os.replace(staging, target)
             fsync_folder(self._root)
-            for old in sorted(self._root.glob("step-*"))[: -self._config.keep]:
+            self._rejected.discard(step)
+            for old in self._outdated(step):
                 shutil.rmtree(old)
         except OSError as error:
             free = shutil.disk_usage(self._root).free if self._root.exists() else 0
@@ -282,6 +285,16 @@ class CheckpointStore:
                 f"{staging}: cannot write the checkpoint of step {step} ({error}); {free >> 20} MiB are free. "
                 "Earlier checkpoints are intact: free space and start again to resume"
             ) from error
+
+    def _outdated(self, newest: int) -> list[Path]:
+        """Folders that may go now: of those up to step `newest`, just published, all but the last `keep` intact ones.
+
+        A newer one can only be a rejected one that the run has not come to again. It stays until then: somebody may
+        still want to restore it, and every start rejects it anew.
+        """
+        folders = [folder for folder in published(self._root) if step_of(folder) <= newest]
+        intact = [folder for folder in folders if step_of(folder) not in self._rejected]
+        return [folder for folder in folders if folder not in intact[-self._config.keep :]]
 
     def _write_manifest(self, snapshot: Snapshot, staging: Path, shares: Sequence[Share]) -> None:
         write_index(staging, [share.spans for share in shares], snapshot.sizes, snapshot.clock)

@@ -18,14 +18,19 @@ WEIGHTS = "model.safetensors"
 STATES = "state.json"
 
 
+def published(root: Path) -> list[Path]:
+    """The folders under `root` that bear the name of a checkpoint, oldest first; not one that somebody has renamed."""
+    return sorted((p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()), key=step_of)
+
+
 def newest_intact(root: Path, *, last_step: int | None = None) -> Path | None:
     """The newest checkpoint under `root` whose files all have their recorded hash; None if there is none at all.
 
     `last_step`: look at none of a later step. All ranks verify a share each and agree. Raises CheckpointError if
     checkpoints exist but none is intact.
     """
-    folders = [p for p in root.glob("step-*") if p.is_dir() and (last_step is None or step_of(p) <= last_step)]
-    candidates = ranks.broadcast_object(sorted((folder.name for folder in folders), reverse=True))
+    folders = [folder for folder in published(root) if last_step is None or step_of(folder) <= last_step]
+    candidates = ranks.broadcast_object([folder.name for folder in reversed(folders)])
     rejected = []
     for name in candidates:
         complaints = [line for part in ranks.gather_objects(problems_of(root / name)) for line in part]
@@ -59,23 +64,36 @@ def problems_of(folder: Path, *, read: bool = True) -> list[str]:
 
 
 def read_train_state(run_dir: Path) -> TrainState | None:
-    """Counters and mixtures of a run's newest complete checkpoint; None if it has none. Reads one small file, alone.
+    """Counters and mixtures of a run's newest checkpoint whose files are all there; None if it has none.
 
-    Raises CheckpointError if that file does not have the hash in the manifest.
+    For one process that looks on: it reads one small file, and of the others names and sizes. Raises CheckpointError if
+    there are checkpoints but none of them will do.
     """
-    folders = sorted((path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
-    if not folders:
-        return None
-    path = folders[0] / STATES
+    rejected = []
+    for folder in reversed(published(run_dir / "checkpoints")):
+        found = _train_state(folder)
+        if isinstance(found, TrainState):
+            return found
+        rejected.append(f"{folder}: {found}")
+        log.warning("checkpoint rejected: %s; looking at the one before it", rejected[-1])
+    if rejected:
+        raise CheckpointError(f"no intact checkpoint: {'; '.join(rejected)}. Restore one")
+    return None
+
+
+def _train_state(folder: Path) -> TrainState | str:
+    """The state in a checkpoint, or what is wrong there."""
+    problems = problems_of(folder, read=False)
+    if problems:
+        return problems[0]
     try:
-        expected = json.loads((folders[0] / MANIFEST).read_text())["files"][path.name]["sha256"]
-        text = path.read_bytes()
-        if hashlib.sha256(text).hexdigest() == expected:
-            return TrainState(**json.loads(text)["trainer"])
-        problem = "does not have the hash in the manifest"
+        text = (folder / STATES).read_bytes()
+        expected = json.loads((folder / MANIFEST).read_text())["files"][STATES]["sha256"]
+        if hashlib.sha256(text).hexdigest() != expected:
+            return f"{STATES} does not have the hash in the manifest"
+        return TrainState(**json.loads(text)["trainer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-    raise CheckpointError(f"{path}: {problem}; restore it, or remove the folder to use the checkpoint before")
+        return f"{STATES} cannot be read ({type(error).__name__}: {error})"
 
 
 def step_of(folder: Path) -> int:

@@ -44,7 +44,7 @@ if __name__ == "__main__":
         for path, overrides in order:
             config = load_run_config(path, overrides, world_size=ranks.world_size())
             corpus = open_corpus(config)
-            with RunFolder(Path(config.folder), config):
+            with RunFolder(Path(config.folder)):
                 train(config, corpus, Path(config.folder), StopSignal())
             gc.collect()  # engines are cycles
             gc.freeze()  # what is left stays; a training looks at what it makes itself

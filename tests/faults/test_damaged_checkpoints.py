@@ -75,11 +75,12 @@ def test_no_intact_checkpoint_is_exit_3_and_nothing_is_trained(one_rank: Referen
     run_dir = copy_of(one_rank, "all damaged")
     for folder in (run_dir / "checkpoints").iterdir():
         flip_a_bit(folder / "state.json")
-    before, metrics = digests(run_dir), deterministic(run_dir)
+    before, metrics, config = digests(run_dir), deterministic(run_dir), (run_dir / "config.yaml").read_bytes()
     job = Job(one_rank.config, run_dir, "train.steps=20", ranks=0)
     assert job.end() == 3
     assert all(f"step-{step:08d}" in job.errors[-1] for step in before), "a reason for each"
     assert (digests(run_dir), deterministic(run_dir)) == (before, metrics)
+    assert (run_dir / "config.yaml").read_bytes() == config
 
 
 class Malicious:

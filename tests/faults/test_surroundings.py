@@ -223,7 +223,7 @@ def changed(one_rank: Reference) -> Path:
 @pytest.mark.fault(22, "allowed change of configuration at resume")
 def test_a_changed_learning_rate_is_logged(changed: Path) -> None:
     log = (changed / "learning rate" / "log.txt").read_text()
-    assert "config changed since the last start of this run: learning_rate: 0.001" in log
+    assert "config changed since the last start of this run: optimizer.learning_rate: 0.003 -> 0.001" in log
 
 
 @pytest.mark.fault(26, "hook on or off at resume")

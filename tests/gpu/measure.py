@@ -27,7 +27,7 @@ if __name__ == "__main__":
     config = load_run_config(sys.argv[1], overrides, world_size=ranks.world_size())
     corpus = open_corpus(config)
     start_process_group(60)
-    with HostSyncs() as syncs, RunFolder(Path(config.folder), config):
+    with HostSyncs() as syncs, RunFolder(Path(config.folder)):
         train(config, corpus, Path(config.folder), StopSignal())
     training = [row for row in rows(Path(config.folder)) if "loss" in row][WARMUP:]
 

@@ -1,6 +1,7 @@
 """Run folders with random weights, as training leaves them, without the training."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -8,6 +9,7 @@ import torch
 
 from configs.loader import load_run_config, to_yaml
 from configs.schema import RunConfig
+from launch._identity import identity
 from launch._tensors import file_entry
 from moe.model import MoEDecoder
 from tests.harness import tiny_config
@@ -63,12 +65,12 @@ def write_run(
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
     (run / "metrics.jsonl").write_text(json.dumps({"step": STEP, "tokens": 3072, "loss": 3.0}) + "\n")
-    write_weights(checkpoint, model.to(dtype), manifest["fingerprint"])
+    write_weights(checkpoint, model.to(dtype), identity(config, manifest["fingerprint"]))
     return run, config, model
 
 
-def write_weights(checkpoint: Path, model: MoEDecoder, fingerprint: str) -> None:
+def write_weights(checkpoint: Path, model: MoEDecoder, of: Mapping[str, object]) -> None:
     safetensors.torch.save_file(whole_weights(model), checkpoint / "model.safetensors")
     files = {"model.safetensors": file_entry(checkpoint / "model.safetensors")}
-    described = {"format": 1, "step": STEP, "identity": {"data.fingerprint": fingerprint}, "files": files}
+    described = {"format": 1, "step": STEP, "identity": of, "files": files}
     (checkpoint / "MANIFEST.json").write_text(json.dumps(described))

@@ -13,6 +13,7 @@ from launch._cli import run_command
 from launch._trained import load_trained_model
 from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run, write_weights
 from trainer.data.config import DataConfig
+from trainer.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -150,8 +151,7 @@ def test_a_multiplicative_bias_has_no_place_unless_it_never_moved(
     for layer in model.moe_layers():
         layer.router.expert_bias_E.fill_(1.0)
     checkpoint = run / "checkpoints" / f"step-{STEP:08d}"
-    fingerprint = json.loads((checkpoint / "MANIFEST.json").read_text())["identity"]["data.fingerprint"]
-    write_weights(checkpoint, model, fingerprint)
+    write_weights(checkpoint, model, json.loads((checkpoint / "MANIFEST.json").read_text())["identity"])
     assert run_command(export.main, [str(run), "--out", str(tmp_path / "out")]) == 0
     with torch.no_grad():
         assert close(logits_of(tmp_path / "out", tokens_BT), model(tokens_BT))
@@ -165,6 +165,7 @@ def test_wrong_folders(tmp_path: Path, data_config: DataConfig, capsys: pytest.C
         assert run_command(export.main, [*arguments]) == code
         lines = capsys.readouterr().err.splitlines()
         assert message in lines[-1], lines
+        assert sum(line.startswith("error") for line in lines) == 1, lines
 
     out = str(tmp_path / "out")
     fails(2, "no such config file", str(tmp_path / "none"), "--out", out)
@@ -179,6 +180,12 @@ def test_wrong_folders(tmp_path: Path, data_config: DataConfig, capsys: pytest.C
     moved = resolved | {"data": resolved["data"] | {"path": str(tmp_path / "gone")}}
     (run / "config.yaml").write_text(yaml.safe_dump(moved))
     fails(2, "holds no prepared corpus, so no tokenizer", str(run), "--out", out)
+
+    other = resolved | {"model": resolved["model"] | {"routed_scale": 8.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(other))
+    fails(3, "run folder (model.routed_scale: 1.0 -> 8.0); restore those settings", str(run), "--out", out)
+    with pytest.raises(CheckpointError, match=r"model\.routed_scale: 1\.0 -> 8\.0"):
+        load_trained_model(run, torch.device("cpu"))  # what evaluate and domain_weights read
     (run / "config.yaml").write_text(yaml.safe_dump(resolved))
 
     weights = checkpoint / "model.safetensors"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import data, dryrun, evaluate, prepare, theory, torchrun, train
 from launch._cli import run_command
@@ -324,12 +325,18 @@ def copy_of(trained: Path, target: Path) -> list[str]:
     return [str(trained / "config.yaml"), f"run_dir={target / 'run'}"]
 
 
+def config_of(folder: Path) -> dict[str, object]:
+    tree: dict[str, object] = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    return tree
+
+
 @pytest.mark.fault(22, "another model at resume")
 def test_checkpoint_of_another_model_is_exit_3(trained: Path, tmp_path: Path) -> None:
     done = run("launch.train", *copy_of(trained, tmp_path), "model.num_experts=4")
     assert done.returncode == 3
     assert "model.num_experts: 8 -> 4" in done.stderr.splitlines()[-1]
     assert deterministic(tmp_path / "run") == deterministic(trained / "run"), "the metrics of the old run are intact"
+    assert config_of(tmp_path) == config_of(trained), "and its settings, by which its checkpoints are read"
 
 
 @pytest.mark.fault(7, "one damaged, then every one")
@@ -346,8 +353,9 @@ def test_damaged_checkpoint_falls_back_and_two_are_exit_3(trained: Path, tmp_pat
     newest, older = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
     flip_a_bit(newest / "state.json")
     (older / "MANIFEST.json").write_text("{}")
-    done = run("launch.train", *arguments)
+    done = run("launch.train", *arguments, "optimizer.learning_rate=1e-4")
     assert done.returncode == 3
+    assert config_of(tmp_path) == config_of(trained) | {"run_dir": str(tmp_path / "run")}
     assert "no intact checkpoint" in done.stderr.splitlines()[-1]
 
 
