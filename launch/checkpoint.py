@@ -1,7 +1,8 @@
 """Checkpoints of a run: `python -m launch.checkpoint ls RUN`, `python -m launch.checkpoint verify RUN`.
 
 `ls` lists them; `verify` reads every byte and compares it with the hash in the manifest. If one is not whole the exit
-code is 3. There is nothing to convert: any number of ranks, ZeRO stage and expert parallelism reads any checkpoint.
+code is 3. There is no `convert`, because there is nothing to convert: any number of ranks, ZeRO stage and expert
+parallelism reads any checkpoint. For Hugging Face there is `python -m launch.export`.
 """
 
 import argparse
@@ -16,12 +17,20 @@ from launch._console import terminal
 from trainer.checkpoint_files import MANIFEST, problems_of, published, step_of
 from trainer.errors import CheckpointError, ConfigError
 
+_NO_CONVERT = (
+    "convert: checkpoints need no conversion, they hold nothing of how the run was cut: start launch.train again in "
+    "the same run folder with any number of ranks, engine.zero_stage and engine.expert_parallel_size; for Hugging Face "
+    "use launch.export RUN --out FOLDER"
+)
+
 
 def main(argv: list[str]) -> int:
     """List or verify; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if argv[:1] == ["convert"]:  # whatever follows: those who look for it have their own options in mind
+        raise ConfigError(_NO_CONVERT)
     parser.add_argument("action", choices=["ls", "verify"], help="list them, or read and check every byte")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="only the checkpoint of this step")

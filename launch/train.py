@@ -139,7 +139,7 @@ def assemble(
         checkpoint=config.checkpoint,
         store=store,
         telemetry=telemetry,
-        profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir),
+        profiler=StepProfiler(config.profile, engine, telemetry.clock, run_dir, start_step=state.step),
         write=write,
         state=state,
         stop=stop,

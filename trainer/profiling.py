@@ -64,13 +64,26 @@ class ProfileConfig:
 class StepProfiler:
     """Measures the steps of one run as configured."""
 
-    def __init__(self, config: ProfileConfig, engine: Engine, clock: PhaseClock, run_dir: Path) -> None:
+    def __init__(
+        self, config: ProfileConfig, engine: Engine, clock: PhaseClock, run_dir: Path, *, start_step: int = 0
+    ) -> None:
+        """`start_step`: steps done before this start. Those of `trace_steps` among them are gone, which is logged."""
         self._config, self._clock, self._folder = config, clock, run_dir / FOLDER
         self._steps = set(config.trace_steps) if ranks.rank() in config.trace_ranks else set()
         self._trace: torch.profiler.profile | None = None
         self._breakdown = Breakdown(engine, clock) if config.breakdown else None
         if config.memory_history and torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
+        if ranks.is_main() and (missed := self._missed(start_step)):
+            log.warning(
+                "profile.trace_steps: no trace of %s: this start goes on after step %d",
+                *(", ".join(f"step {step}" for step in missed), start_step),
+            )
+
+    def _missed(self, start_step: int) -> list[int]:
+        """Steps that no start has traced and this one will not come to."""
+        steps = sorted({step for step in self._config.trace_steps if step <= start_step})
+        return [step for step in steps if not any(self._folder.glob(f"step-{step:08d}-rank*"))]
 
     def start_step(self, step: int) -> None:
         """Called before a step's data is asked for."""

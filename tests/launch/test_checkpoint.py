@@ -103,6 +103,7 @@ def test_tensors_are_as_readable_as_the_files_beside_them(run_dir: Path) -> None
     [
         (["ls", "no/such/run"], ConfigError, "is not a run folder"),
         (["ls", "."], CheckpointError, "has no checkpoint"),
+        (["convert", ".", "--zero-stage", "3"], ConfigError, r"need no conversion, .*launch.train .*launch.export"),
         (["verify", ".", "--step", "7"], CheckpointError, "has no checkpoint of step 7"),
     ],
 )

@@ -174,3 +174,16 @@ def test_a_trace_is_of_the_chosen_step_and_rank(measured: dict[str, Path]) -> No
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"forward", "backward", "optimizer", "hooks", "losses", "aten::mm"} <= names
     assert not (measured["plain"] / "profile").exists()
+
+
+def test_steps_that_a_start_does_not_come_to_are_named(tmp_path: Path, data_config: DataConfig) -> None:
+    config = tiny_config(tmp_path, data_config, evaluation={"every": 0})
+    first = ["train.steps=3", "profile.trace_steps=[2]"]
+    again = ["train.steps=5", "profile.trace_steps=[3,1,2,5]", "profile.trace_ranks=[1]"]
+    run_trainings([(config, first), (config, again)], ranks=2)
+    said = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "no trace of" in line]
+    assert [line.split("] ")[1] for line in said] == [
+        "profile.trace_steps: no trace of step 1, step 3: this start goes on after step 3"
+    ]
+    traced = {path.name for path in (tmp_path / "run" / "profile").iterdir()}
+    assert traced == {"step-00000002-rank0.json.gz", "step-00000005-rank1.json.gz"}, "step 2 was traced before"
