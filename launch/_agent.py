@@ -78,18 +78,17 @@ class Agent(LocalElasticAgent):
             return None
 
     def _end(self, code: int) -> NoReturn:
-        group = self._worker_group
-        store: Any = group.store
+        group: Any = self._worker_group
         agreed = code == PREEMPTED_EXIT_CODE
         with suppress(RuntimeError, RendezvousError):  # the node of the store is gone, or others do not answer
             if not agreed:
-                store.set(_CODE, str(code))
-                store.set(f"{_HEARD}/{group.group_rank}", "")
+                group.store.set(_CODE, str(code))
+                group.store.set(f"{_HEARD}/{group.group_rank}", "")
                 group.spec.rdzv_handler.set_closed()  # nobody need wait there for the ranks of this node
             self._stop_workers(group)
             if not agreed:
                 all_heard = [f"{_HEARD}/{rank}" for rank in range(group.group_world_size)]
-                store.wait(all_heard, timedelta(seconds=_HEARD_WITHIN_S))
+                group.store.wait(all_heard, timedelta(seconds=_HEARD_WITHIN_S))
         raise JobOver(code)
 
 
