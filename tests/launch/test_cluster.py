@@ -65,7 +65,7 @@ def test_a_batch_that_does_not_fit_is_refused_as_dryrun_does(kind: str, capsys: 
         (["slurm", *CPU, "--time", "1:00:00\n#SBATCH --uid=0"], "--time: '1:00:00"),
         (["slurm", *CPU, "--time", "5"], "--grace: 300 s ahead of a time limit of 5 leaves no time to train"),
         (["slurm", *CPU, "--sbatch", "comment=a b"], "--sbatch: 'comment=a b' must be one word"),
-        (["slurm", *CPU, "name=2 b"], "must begin with a letter"),
+        (["slurm", *CPU, "name=2b"], "must begin with a letter"),
         (["slurm", *CPU, "--out", "/nowhere/job"], "--out: /nowhere/job: No such file or directory"),
         (["k8s", *CPU, "--image", "i"], "--volume: none is given"),
         (["k8s", *CPU, "--image", "i", "--volume", "shared"], "--volume: 'shared' is not of the form CLAIM:/path"),
@@ -134,7 +134,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-NASTY = ['name=it\'s $HOME `id` "q" \\ ; rm *', "data.source=two  blanks\tand 'quotes'"]
+NASTY = ['data.text_field=it\'s $HOME `id` "q" \\ ; rm *', "data.source=two  blanks\tand 'quotes'"]
 
 
 def test_the_batch_script_is_clean_bash_and_quotes_every_word(
