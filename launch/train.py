@@ -20,6 +20,7 @@ from configs.hooks import build_hooks
 from configs.loader import load_run_config, to_dict
 from configs.schema import RunConfig
 from configs.typed import leaf_key, leaves_of
+from launch._bias_kind import refuse_other_bias
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._initial_weights import check_initial_weights, is_fresh, load_initial_weights
@@ -103,7 +104,9 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
     store = CheckpointStore(
         run_dir, config.checkpoint, identity(config, corpus), timeout_s=config.engine.collective_timeout_s
     )
-    state = store.load_newest(engine, hooks) or TrainState()
+    restored = store.load_newest(engine, hooks)
+    refuse_other_bias(run_dir, restored, run.model)
+    state = restored or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)

@@ -23,7 +23,7 @@ from moe.balance_metrics import dead_experts, load_entropy, max_violation
 from moe.certificate import BalanceCertificate
 from moe.heldout_balance import DomainLoads, duality_gaps, layer_matrix, relative_loads
 from moe.router import RoutingStats
-from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule
+from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule, multiplies
 from moe.score_sample import ScoreSample
 from trainer import ranks
 from trainer.errors import ConfigError
@@ -260,11 +260,13 @@ class ExpertBiasHook(Hook):
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
         """Put saved biases into the routers. State of another rule is not taken over: only the biases are.
 
-        Raises ConfigError if one rule is additive and the other multiplicative: their biases do not translate.
+        Raises ConfigError if one rule is multiplicative and the other is not (`none` is not): biases do not translate.
         """
-        saved_rule = RULES.get(str(state["rule"]))
-        if self._rule is not None and saved_rule is not None and saved_rule.multiplicative != self._rule.multiplicative:
-            raise ConfigError(f"expert bias: the checkpoint was balanced by {state['rule']}, not {self._config.rule}")
+        if multiplies(state["rule"]) != multiplies(self._config.rule):
+            raise ConfigError(
+                f"expert bias: the checkpoint was balanced by {state['rule']}, not {self._config.rule}: one multiplies "
+                "scores by biases, the other adds them; keep the rule (with rate 0 nothing moves) or set a new run_dir"
+            )
         for i, router in enumerate(self._routers):
             router.expert_bias_E.copy_(cast(Tensor, state[f"bias.{i}"]))
         self._updates = int(cast(int, state["updates"]))

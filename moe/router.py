@@ -149,19 +149,22 @@ class Router(nn.Module):
     expert_bias_E: Tensor
     remakes = False
     """Whether the backward makes the float32 copy of the input again (moe/recompute.py)."""
+    multiplies = False
+    """Whether the bias multiplies the scores instead of being added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self._config = config
-        self._multiplicative = self.collects_thresholds = False
+        self.collects_thresholds = False
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None:
         """Set the router up for a rule: how the bias enters the selection, and what has to be observed.
 
-        A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought.
+        A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought. If the
+        router multiplies already, its biases stay as they are.
 
         Raises ConfigError if the rule cannot work with this router.
         """
@@ -170,8 +173,9 @@ class Router(nn.Module):
             raise ConfigError("expert bias: quantile and bip need bounded scores and no groups; choose another rule")
         if collect_thresholds and config.top_k == config.num_experts:
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
-        self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
-        if multiplicative:
+        starts_multiplying = multiplicative and not self.multiplies
+        self.multiplies, self.collects_thresholds = multiplicative, collect_thresholds
+        if starts_multiplying:
             if self.expert_bias_E.unique().numel() > 1:
                 raise ConfigError(
                     "expert bias: rule multiplicative cannot start from the biases of init_from; they add"
@@ -186,7 +190,7 @@ class Router(nn.Module):
         would be in other units than everybody's.
         """
         config = self._config
-        return not (self._multiplicative or config.num_groups > 1 or config.uniform_routing)
+        return not (self.multiplies or config.num_groups > 1 or config.uniform_routing)
 
     def threshold_range(self) -> tuple[Tensor, Tensor]:
         """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""
@@ -225,7 +229,7 @@ class Router(nn.Module):
         config = self._config
         if config.uniform_routing:
             return uniform_experts(scores_NE.shape[0], self.top_k, self.num_experts, scores_NE.device)
-        biased_NE = scores_NE * self.expert_bias_E if self._multiplicative else scores_NE + self.expert_bias_E
+        biased_NE = scores_NE * self.expert_bias_E if self.multiplies else scores_NE + self.expert_bias_E
         return _top_experts(biased_NE, top_k=self.top_k, num_groups=config.num_groups, top_groups=config.top_groups)
 
     @torch.no_grad()

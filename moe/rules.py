@@ -213,6 +213,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def multiplies(rule: object) -> bool:
+    """Whether biases of a rule of this name multiply the scores. Without a rule (`none`) they are added."""
+    return isinstance(rule, str) and rule in RULES and RULES[rule].multiplicative
+
+
 def apply_rule(
     rule: Rule, loads: Loads, bias_E: Tensor, state: Mapping[str, Tensor], *, n: int, rate: float, options: RuleOptions
 ) -> tuple[Tensor, State]:

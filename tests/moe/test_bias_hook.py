@@ -195,11 +195,16 @@ def test_a_frozen_bias_stays_and_is_still_measured() -> None:
     assert "moe/maxvio_batch" in records.values
 
 
-def test_additive_and_multiplicative_states_do_not_mix() -> None:
+@pytest.mark.parametrize("additive", ["sign", "none"])
+def test_additive_and_multiplicative_states_do_not_mix(additive: str) -> None:
     hook, model = started(rule="multiplicative")
+    other, other_model = started(rule=additive)
+    with pytest.raises(ConfigError, match=f"was balanced by {additive}, not multiplicative"):
+        hook.load_state_dict(other.state_dict())
     assert (biases(model) == 1).all()
-    with pytest.raises(ConfigError, match="was balanced by sign, not multiplicative"):
-        hook.load_state_dict(started()[0].state_dict())
+    with pytest.raises(ConfigError, match=f"was balanced by multiplicative, not {additive}"):
+        other.load_state_dict(hook.state_dict())
+    assert not biases(other_model).any()
 
 
 def test_state_of_a_rule_with_memory_comes_back() -> None:
