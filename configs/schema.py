@@ -56,6 +56,8 @@ class RunConfig:
     def problems(self, world_size: int | None) -> list[str]:
         """Every inconsistency of the run on `world_size` ranks, or on any, each line beginning with the full key."""
         found = [f"{section}.{line}" for section in SECTIONS for line in getattr(self, section).problems()]
+        if world_size is not None:  # what was trained long ago can still be looked at
+            found += [f"model.{line}" for line in self.model.training_problems()]
         if not self.name or "/" in self.name or self.name.startswith("."):
             found.append(f"name: '{self.name}' is not a folder name; use letters, digits, - and _")
         if not 0 <= self.seed < 2**32:

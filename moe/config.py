@@ -185,6 +185,15 @@ class ModelConfig:
         sparse = any(self.layer_experts) if self.layer_experts else self.num_dense_layers < self.num_layers
         return found + (self._expert_problems() if sparse or self.has_mtp else [])
 
+    def training_problems(self) -> list[str]:
+        """Why a model that can be built and evaluated cannot be trained, one line each."""
+        if self.top_k == 1 and self.normalize_gates and max(self.block_experts, default=0) > 1:
+            return [
+                "top_k: 1 with normalize_gates makes every gate 1 whatever the score, so the loss cannot teach the "
+                "router anything; set normalize_gates to false, or top_k to 2 or more"
+            ]
+        return []
+
     def _grouped_problems(self) -> list[str]:
         """Why grouped-query attention cannot have this shape."""
         found = []

@@ -27,6 +27,7 @@ BAD_VALUES = {
     "optimizer.learning_rate=nan": "must be finite and positive",
     "optimizer.learning_rate=-1": "must be finite and positive",
     "model.top_k=9": "top_k: 9 must be between 1 and num_experts (8)",
+    "model.top_k=1": "model.top_k: 1 with normalize_gates makes every gate 1",
     "model={num_heads: 12, num_kv_heads: 12}": "num_heads: 12 does not divide hidden_size (32)",
     "model.num_kv_heads=3": "num_kv_heads: 3 does not divide num_heads (4)",
     "model.layer_experts=[0,8]": "layer_experts: has 2 entries for num_layers 3",
