@@ -258,7 +258,7 @@ class ExpertBiasHook(Hook):
         return state | {"updates": self._updates, "rule": self._config.rule}
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Put saved biases into the routers. State of another rule is not taken over: only the biases are.
+        """Put saved biases into the routers. Of another rule only the biases are taken over.
 
         Raises ConfigError if one rule is multiplicative and the other is not (`none` is not): biases do not translate.
         """
@@ -269,13 +269,13 @@ class ExpertBiasHook(Hook):
             )
         for i, router in enumerate(self._routers):
             router.expert_bias_E.copy_(cast(Tensor, state[f"bias.{i}"]))
-        self._updates = int(cast(int, state["updates"]))
         if self._certificate is not None:
             self._certificate.after_move()
         if state["rule"] == self._config.rule:
+            self._updates = int(cast(int, state["updates"]))
             for i, own in enumerate(self._states):
                 for name, tensor in own.items():
-                    tensor.copy_(cast(Tensor, state[f"{name}.{i}"]))
+                    tensor.copy_(cast(Tensor, state.get(f"{name}.{i}", torch.zeros_like(tensor))))  # older: fewer
 
     @torch.no_grad()
     def _move(self, loads: Sequence[RoutingStats], by: Sequence[Tensor], factor: float) -> None:

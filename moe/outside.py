@@ -138,7 +138,7 @@ class BiasBalancer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Take back what `state_dict` gave. Tensors of another rule are not taken over: only the biases are.
+        """Take back what `state_dict` gave. Of another rule only the biases are taken over.
 
         Raises ConfigError if it is of a model with other routers.
         """
@@ -148,12 +148,13 @@ class BiasBalancer:
                 f"saved balancer state has routers with {[len(bias_E) for bias_E in saved]} experts, "
                 f"this model has {[layer.router.num_experts for layer in self._layers]}"
             )
-        self._updates = int(cast(int, state["updates"]))
+        same_rule = state["rule"] == self.rule_name
+        self._updates = int(cast(int, state["updates"])) if same_rule else 0
         for i, layer in enumerate(self._layers):
             layer.router.bias_E.copy_(saved[i])
-            if state["rule"] == self.rule_name:
-                for name, tensor in layer.state.items():
-                    tensor.copy_(_float32(state[f"{name}.{i}"]))
+            for name, tensor in layer.state.items():
+                known = same_rule and f"{name}.{i}" in state  # states of earlier versions may have fewer tensors
+                tensor.copy_(_float32(state[f"{name}.{i}"]) if known else torch.zeros_like(tensor))
 
     def _new_layer(self, router: ForeignRouter) -> _Layer:
         bias_E = router.bias_E

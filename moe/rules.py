@@ -13,7 +13,7 @@ that has everything. A layer that saw no token keeps its bias and its state.
 | decay_sqrt | b + u / sqrt(n) e | relative to the mean load |
 | decay_linear | b + u / n e | relative to the mean load |
 | smebu | d = u tanh(kappa e), centred; m = beta m + (1 - beta) d; b + m | saturates at u |
-| pid | u (kp e + ki sum(e) + kd (e - previous e)), the sum limited against wind-up | relative to the mean load |
+| pid | b + u times the change of kp e + ki sum(e) + kd (e - previous e); the sum is limited | relative to the mean load |
 | multiplicative | b + u sign(e) with selection by s * b, b from 1 | none |
 | quantile | the exact dual step, no rate: the k/E-quantile over tokens of alpha_i - s_ij, centred | scores |
 | bip | the same limited to b <= 0 and alpha >= 0, one dual iteration a step | scores |
@@ -155,12 +155,17 @@ def smebu(
 def pid(
     loads: Loads, bias_E: Tensor, state: Mapping[str, Tensor], n: int, rate: float, o: RuleOptions
 ) -> tuple[Tensor, State]:
-    """u (kp e + ki I + kd (e - e')), I = clamp(I + e): the bias is the controller's output, not a sum of steps."""
+    """b + u (y - y'), y = kp e + ki I + kd (e - e'), I = clamp(I + e); primes are of the update before, at first zero.
+
+    With one rate all along the bias is where it began plus u y. Adding up changes of the output, not setting the bias
+    to it, keeps what other rules or weights brought, and a falling rate slows the bias down instead of shrinking it.
+    """
     error_E = relative_error(loads.counts_E)
     integral_E = (state["integral"] + error_E).clamp(-o.windup, o.windup)
     change_E = error_E - state["previous"] if n > 1 else torch.zeros_like(error_E)
-    bias_E = rate * (o.kp * error_E + o.ki * integral_E + o.kd * change_E)
-    return bias_E, {"integral": integral_E, "previous": error_E}
+    before_E = o.kp * state["previous"] + o.ki * state["integral"] + o.kd * state["change"]
+    after_E = o.kp * error_E + o.ki * integral_E + o.kd * change_E
+    return bias_E + rate * (after_E - before_E), {"integral": integral_E, "previous": error_E, "change": change_E}
 
 
 def quantile(
@@ -206,7 +211,7 @@ RULES: dict[str, Rule] = {
     "decay_sqrt": Rule(decay_sqrt, options=("floor",)),
     "decay_linear": Rule(decay_linear, options=("floor",)),
     "smebu": Rule(smebu, state=("momentum",), options=("kappa", "beta")),
-    "pid": Rule(pid, state=("integral", "previous"), options=("kp", "ki", "kd", "windup")),
+    "pid": Rule(pid, state=("integral", "previous", "change"), options=("kp", "ki", "kd", "windup")),
     "multiplicative": Rule(sign, multiplicative=True),
     "quantile": Rule(quantile, needs_thresholds=True, options=("ema",)),
     "bip": Rule(bip, needs_thresholds=True, options=("ema",)),

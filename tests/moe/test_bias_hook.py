@@ -207,6 +207,26 @@ def test_additive_and_multiplicative_states_do_not_mix(additive: str) -> None:
     assert not biases(other_model).any()
 
 
+@pytest.mark.parametrize("rule", ["decay_linear", "pid"])
+def test_another_rule_takes_over_the_biases_and_begins_to_count(rule: str) -> None:
+    hook, model = started(rule="sign")
+    for seed in range(30):
+        forward(model, seed)
+        hook.after_step(step_of(Records()), APPLIED)
+    after_switch, fresh = started(rule=rule), started(rule=rule)
+    after_switch[0].load_state_dict(hook.state_dict())
+    assert after_switch[0].state_dict()["updates"] == 0
+    moves = []
+    for each, its_model in (after_switch, fresh):
+        for layer, other in zip(its_model.moe_layers(), model.moe_layers(), strict=True):
+            layer.router.expert_bias_E.copy_(other.router.expert_bias_E)
+        forward(its_model, 31)
+        each.after_step(step_of(Records()), APPLIED)
+        moves.append(biases(its_model) - biases(model))
+    assert torch.equal(*moves), "as from its first update, and from where the biases are"
+    assert 0 < moves[0].abs().max() < 0.1
+
+
 def test_state_of_a_rule_with_memory_comes_back() -> None:
     hook, model = started(rule="smebu")
     for seed in range(3):
