@@ -123,7 +123,7 @@ class BalancedRouter(Protocol):
     num_experts: int
     top_k: int
 
-    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None: ...
+    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool, least_alpha: float) -> None: ...
 
     def threshold_range(self) -> tuple[Tensor, Tensor]: ...
 
@@ -190,7 +190,11 @@ class ExpertBiasHook(Hook):
 
     def _prepare(self, rule: Rule, model: nn.Module) -> None:
         for router in self._routers:
-            router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+            router.prepare_balancing(
+                multiplicative=rule.multiplicative,
+                collect_thresholds=rule.needs_thresholds,
+                least_alpha=rule.least_alpha,
+            )
             self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in rule.state})
         self._certificate = BalanceCertificate(
             model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]

@@ -196,7 +196,7 @@ class BiasBalancer:
         counts = count_tokens(indices_NK, mask, router.bias.numel())[: router.num_experts]
         layer.counts_E = layer.counts_E.to(counts.device) + counts
         self._observed = True
-        if layer.thresholds_EQ is not None:
+        if layer.thresholds_EQ is not None and self._rule is not None:
             if layer.scores is None:
                 layer.scores = find_scores(router, args, kwargs, outputs)
             bias_E = router.bias_E
@@ -207,6 +207,7 @@ class BiasBalancer:
                 top_k=layer.top_k,
                 low=bias_E.min() - 1,
                 high=bias_E.max() + 1,
+                least_alpha=self._rule.least_alpha,
             )
 
     def _take_loads(self) -> list[Loads]:

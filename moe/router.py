@@ -127,13 +127,21 @@ def within_capacity(
 
 
 def threshold_histogram(
-    scores_NE: Tensor, bias_E: Tensor, counted_N: Tensor, *, top_k: int, low: Tensor, high: Tensor
+    scores_NE: Tensor,
+    bias_E: Tensor,
+    counted_N: Tensor,
+    *,
+    top_k: int,
+    low: Tensor,
+    high: Tensor,
+    least_alpha: float = -math.inf,
 ) -> Tensor:
     """Histogram over tokens of alpha_i - s_ij for each expert, int64 [E, Q] on [low, high].
 
-    alpha_i is the (k+1)-th largest biased score of token i: expert j would just be chosen with bias alpha_i - s_ij.
+    alpha_i is the (k+1)-th largest biased score of token i, `least_alpha` at least: expert j would just be chosen with
+    bias alpha_i - s_ij.
     """
-    alpha_N1 = (scores_NE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    alpha_N1 = (scores_NE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:].clamp(min=least_alpha)
     position_NE = (alpha_N1 - scores_NE - low) / (high - low) * THRESHOLD_BINS
     bin_NE = position_NE.long().clamp(0, THRESHOLD_BINS - 1)
     num_experts = scores_NE.shape[1]
@@ -156,11 +164,13 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self._config = config
-        self.collects_thresholds = False
+        self.collects_thresholds, self._least_alpha = False, -math.inf
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None:
+    def prepare_balancing(
+        self, *, multiplicative: bool, collect_thresholds: bool, least_alpha: float = -math.inf
+    ) -> None:
         """Set the router up for a rule: how the bias enters the selection, and what has to be observed.
 
         A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought. If the
@@ -175,6 +185,7 @@ class Router(nn.Module):
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
         starts_multiplying = multiplicative and not self.multiplies
         self.multiplies, self.collects_thresholds = multiplicative, collect_thresholds
+        self._least_alpha = least_alpha
         if starts_multiplying:
             if self.expert_bias_E.unique().numel() > 1:
                 raise ConfigError(
@@ -237,7 +248,15 @@ class Router(nn.Module):
         if not (self.collects_thresholds and self.training):
             return None
         low, high = self.threshold_range()
-        return threshold_histogram(scores_NE, self.expert_bias_E, counted_N, top_k=self.top_k, low=low, high=high)
+        return threshold_histogram(
+            scores_NE,
+            self.expert_bias_E,
+            counted_N,
+            top_k=self.top_k,
+            low=low,
+            high=high,
+            least_alpha=self._least_alpha,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # model.bfloat16() casts floating buffers too; a bias that moves by 1e-3 a step would not survive it.

@@ -13,7 +13,7 @@ that has everything. A layer that saw no token keeps its bias and its state.
 | decay_sqrt | b + u / sqrt(n) e | relative to the mean load |
 | decay_linear | b + u / n e | relative to the mean load |
 | smebu | d = u tanh(kappa e), centred; m = beta m + (1 - beta) d; b + m | saturates at u |
-| pid | b + u times the change of kp e + ki sum(e) + kd (e - previous e); the sum is limited | relative to the mean load |
+| pid | b + u times the change of kp e + ki sum(e) + kd (e - previous e), the sum limited | relative to the mean load |
 | multiplicative | b + u sign(e) with selection by s * b, b from 1 | none |
 | quantile | the exact dual step, no rate: the k/E-quantile over tokens of alpha_i - s_ij, centred | scores |
 | bip | the same limited to b <= 0 and alpha >= 0, one dual iteration a step | scores |
@@ -26,6 +26,7 @@ future tokens into the selection.
 Shape letters: E experts, Q bins of the threshold histogram.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,6 +88,8 @@ class Rule(NamedTuple):
     """Selection by s * b with b from 1, instead of s + b with b from 0."""
     needs_thresholds: bool = False
     """Whether `Loads` must hold the threshold histogram."""
+    least_alpha: float = -math.inf
+    """Lower limit of alpha_i in that histogram."""
     options: tuple[str, ...] = ()
     """Fields of RuleOptions it reads."""
 
@@ -181,6 +184,8 @@ def bip(
 ) -> tuple[Tensor, State]:
     """b_j = min(0, k/E-quantile): the dual prices of "at most its share" have one sign (Sun 2025, arXiv 2502.15451).
 
+    So have those of "at most k experts": alpha_i = max(0, (k+1)-th largest biased score). Without that limit the biases
+    would fall for ever, for nothing else says how low all of them together may be.
     The T dual iterations that the method makes on one batch are spread over T steps, each on its own batch.
     """
     return _blend(bias_E, _threshold_quantile(loads).clamp(max=0.0), o.ema), {}
@@ -214,7 +219,7 @@ RULES: dict[str, Rule] = {
     "pid": Rule(pid, state=("integral", "previous", "change"), options=("kp", "ki", "kd", "windup")),
     "multiplicative": Rule(sign, multiplicative=True),
     "quantile": Rule(quantile, needs_thresholds=True, options=("ema",)),
-    "bip": Rule(bip, needs_thresholds=True, options=("ema",)),
+    "bip": Rule(bip, needs_thresholds=True, least_alpha=0.0, options=("ema",)),
 }
 
 

@@ -151,7 +151,9 @@ def balance(
         low, high = bias_E.min() - 1, bias_E.max() + 1
         thresholds_EQ = None
         if rule.needs_thresholds:
-            thresholds_EQ = threshold_histogram(scores_NE, bias_E, everyone, top_k=top_k, low=low, high=high)
+            thresholds_EQ = threshold_histogram(
+                scores_NE, bias_E, everyone, top_k=top_k, low=low, high=high, least_alpha=rule.least_alpha
+            )
         loads = Loads(counts_E, thresholds_EQ, low, high, top_k / experts)
         bias_E, state = apply_rule(
             rule, loads, bias_E, state, n=n, rate=rate * rate_factor(schedule, n - 1, steps), options=RuleOptions()
@@ -182,6 +184,28 @@ def test_quantile_solves_in_a_few_steps_what_sign_walks_to() -> None:
     assert solved[0] > 0.8
     assert solved[5] < 0.15
     assert balance("sign", 2e-3, 6)[5] > 0.6
+
+
+def test_bip_has_a_floor() -> None:
+    """Prices of both kinds are at least 0, so no bias has a reason to be below minus the largest score."""
+    torch.manual_seed(0)
+    offsets_E, bias_E, violations, lowest = torch.randn(16), torch.zeros(16), [], []
+    rule = RULES["bip"]
+    for n in range(1, 1001):
+        scores_NE = (torch.randn(128, 16) + offsets_E).sigmoid()
+        counts_E = torch.bincount((scores_NE + bias_E).topk(2).indices.flatten(), minlength=16)
+        violations.append(max_violation(counts_E).item())
+        low, high = bias_E.min() - 1, bias_E.max() + 1
+        everyone = torch.ones(128, dtype=torch.bool)
+        histogram_EQ = threshold_histogram(
+            scores_NE, bias_E, everyone, top_k=2, low=low, high=high, least_alpha=rule.least_alpha
+        )
+        loads = Loads(counts_E, histogram_EQ, low, high, 2 / 16)
+        bias_E, _ = apply_rule(rule, loads, bias_E, {}, n=n, rate=0.0, options=RuleOptions())
+        lowest.append(bias_E.min().item())
+    assert min(lowest) >= -1.001
+    assert bias_E.max() <= 0
+    assert sum(violations[-100:]) < 1.2 * sum(violations[100:200]), "as balanced in the end as it soon was"
 
 
 def test_threshold_quantile_gives_each_expert_its_share() -> None:
