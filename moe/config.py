@@ -81,7 +81,7 @@ class ModelConfig:
     router_jitter: float = 0.0
     """Half-width of multiplicative noise on the router's input in training."""
     capacity_factor: float = 0.0
-    """Tokens of a micro-batch an expert takes at most, relative to its even share; 0 drops none."""
+    """Tokens of a micro-batch an expert takes at most, relative to its even share; 0 drops none. Padding is none."""
     drop_by: Literal["score", "position"] = "score"
     """Which tokens an expert over its capacity keeps: those with the largest gates, or the first."""
     uniform_routing: bool = False

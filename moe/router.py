@@ -108,16 +108,26 @@ def count_tokens(indices_NK: Tensor, counted_N: Tensor, num_experts: int) -> Ten
 
 
 def within_capacity(
-    indices_NK: Tensor, gates_NK: Tensor, *, capacity: int, num_experts: int, by: Literal["score", "position"]
+    indices_NK: Tensor,
+    gates_NK: Tensor,
+    *,
+    capacity: int | Tensor,
+    num_experts: int,
+    by: Literal["score", "position"],
+    real_N: Tensor | None = None,
 ) -> Tensor:
     """Which choices fit when an expert takes at most `capacity` tokens, bool [N, K].
 
-    `position` keeps an expert's first tokens, `score` those with the largest gates (earlier ones on a tie).
+    `position` keeps an expert's first tokens, `score` those with the largest gates (earlier ones on a tie); padding,
+    where `real_N` is False, gets what they leave.
     """
     experts = indices_NK.flatten()
     order = torch.arange(experts.numel(), device=experts.device)
     if by == "score":
         order = gates_NK.detach().flatten().argsort(descending=True, stable=True)
+    if real_N is not None:
+        is_padding = ~real_N.unsqueeze(1).expand_as(indices_NK).flatten()
+        order = order[is_padding[order].int().argsort(stable=True)]
     by_expert = order[experts[order].argsort(stable=True)]
     loads_E = count_tokens(indices_NK, torch.ones_like(indices_NK[:, 0]), num_experts)
     first_E = loads_E.cumsum(0) - loads_E
@@ -207,8 +217,11 @@ class Router(nn.Module):
         """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""
         return self.expert_bias_E.min() - 1, self.expert_bias_E.max() + 1
 
-    def forward(self, x_ND: Tensor, counted_N: Tensor) -> Routing:
-        """Route every token; gates are float32 [N, K]. Padding (`counted_N` False) is routed but not counted."""
+    def forward(self, x_ND: Tensor, counted_N: Tensor, real_N: Tensor | None = None) -> Routing:
+        """Route every token; gates are float32 [N, K]. What has no target (`counted_N` False) is not counted.
+
+        `real_N` is False for padding, which takes no capacity from tokens; with None all are tokens.
+        """
         config = self._config
         # Routing is a comparison of close numbers: products, scores and selection all stay in float32.
         if config.router_jitter and self.training:
@@ -222,9 +235,16 @@ class Router(nn.Module):
         gates_NK = gates_of(scores_NE, indices_NK, normalize=config.normalize_gates, scale=config.routed_scale)
         dropped = torch.zeros((), dtype=torch.int64, device=x_ND.device)
         if config.capacity_factor:
-            capacity = math.ceil(config.capacity_factor * x_ND.shape[0] * self.top_k / self.num_experts)
+            # A tensor, not a number: the host need not know how much of a micro-batch is padding.
+            num_real = torch.full_like(dropped, len(x_ND)) if real_N is None else real_N.sum()
+            capacity = (config.capacity_factor * num_real.double() * self.top_k / self.num_experts).ceil()
             kept_NK = within_capacity(
-                indices_NK, gates_NK, capacity=capacity, num_experts=self.num_experts, by=config.drop_by
+                indices_NK,
+                gates_NK,
+                capacity=capacity,
+                num_experts=self.num_experts,
+                by=config.drop_by,
+                real_N=real_N,
             )
             gates_NK = gates_NK * kept_NK
             dropped = (~kept_NK & counted_N.unsqueeze(1)).sum()
