@@ -11,6 +11,7 @@ Decisions:
 Shape letters: E experts, Q threshold bins, L MoE layers.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,8 @@ RuleName = Literal[
     "quantile", "bip", "none",
 ]  # fmt: skip
 
+
+log = logging.getLogger("evenkeel")
 
 _STARVED = 0.5  # an expert is starved if its tokens have less than half the weight of as many average ones
 
@@ -77,7 +80,7 @@ class ExpertBiasConfig:
     rule: RuleName = "sign"
     """Balancing rule of moe/rules.py; `none` measures loads and moves nothing, the baseline of an ablation."""
     rate: float = 1e-3
-    """Size of a step (u); `quantile` and `bip` have none."""
+    """Size of a step (u); `quantile` and `bip` have none, and say so in the log if one is set."""
     schedule: RateSchedule = field(default_factory=RateSchedule)
     options: RuleOptions = field(default_factory=RuleOptions)
     clamp: float = 0.0
@@ -175,6 +178,10 @@ class ExpertBiasHook(Hook):
         if not hasattr(run.model, "moe_layers") or not self._model.moe_layers():
             raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
+        # Not refused: presets bring a rate, and naming another rule on the command line should be enough.
+        has_rate = self._rule is None or not self._rule.needs_thresholds
+        if not has_rate and self._config.rate != ExpertBiasConfig.rate and ranks.is_main():
+            log.warning("expert bias: rule %s has no rate; %g is not read", self._config.rule, self._config.rate)
         self._total_steps = run.total_steps
         self._has_weights = run.has_weights
         if run.has_weights:

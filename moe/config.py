@@ -192,7 +192,14 @@ class ModelConfig:
                 "top_k: 1 with normalize_gates makes every gate 1 whatever the score, so the loss cannot teach the "
                 "router anything; set normalize_gates to false, or top_k to 2 or more"
             ]
-        return []
+        if any(self.block_experts):
+            return []
+        unread = {"aux_loss": self.aux_loss.any} | {
+            name: getattr(self, name) for name in ("router_jitter", "capacity_factor", "uniform_routing")
+        }
+        return [
+            f"{name}: is of routers, and no layer has experts; remove it" for name, is_set in unread.items() if is_set
+        ]
 
     def _grouped_problems(self) -> list[str]:
         """Why grouped-query attention cannot have this shape."""

@@ -166,6 +166,13 @@ def test_a_model_without_experts_is_refused(model: Any) -> None:
         ExpertBiasHook(ExpertBiasConfig()).on_start(run_of(model))
 
 
+@pytest.mark.parametrize(("rule", "said"), [("quantile", 1), ("bip", 1), ("sign", 0), ("none", 0)])
+def test_a_rate_that_is_not_read_is_said(rule: str, said: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="evenkeel"):
+        started(rule=rule)
+    assert [f"rule {rule} has no rate; 0.01 is not read" in line for line in caplog.messages] == [True] * said
+
+
 def test_rate_schedules() -> None:
     def factors(**options: Any) -> list[float]:
         return [round(rate_factor(RateSchedule(**options), n, 10), 3) for n in range(10)]
