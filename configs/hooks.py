@@ -13,12 +13,13 @@ from trainer.registry import find_hook
 
 
 def resolve_hooks(
-    section: Mapping[str, Any], *, is_frozen: bool = False, has_phases: bool = False
+    section: Mapping[str, Any], *, is_frozen: bool = False, has_phases: bool = False, is_uniform: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """The section with every default filled in, and every problem in it.
 
     `is_frozen`: whether the hooks must do with weights that are fixed before a step. `has_phases`: whether the
-    configuration changes the mixture of the data during the run.
+    configuration changes the mixture of the data during the run. `is_uniform`: whether tokens are dealt to experts in
+    turn, so that no bias takes part.
     """
     resolved: dict[str, Any] = {}
     problems: list[str] = []
@@ -51,6 +52,11 @@ def resolve_hooks(
             problems.append(f"train.accumulation: frozen cannot be used: {built.frozen_problem}")
         if not is_frozen:
             problems += built.exact_problems
+        if is_uniform and built.moves_bias:
+            problems.append(
+                "model.uniform_routing: deals tokens in turn, whatever the biases that a hook moves; set "
+                "hooks.expert_bias.rule to none or disable the hook"
+            )
         if has_phases and built.sets_sampling:
             problems.append("data.phases: a hook sets the weights of the sampling; remove the phases or the hook")
     return resolved, problems

@@ -42,7 +42,10 @@ def load_run_config(
     if problems:
         raise ConfigError(*problems)
     resolved, hook_problems = resolve_hooks(
-        config.hooks, is_frozen=config.train.accumulation == "frozen", has_phases=bool(config.data.phases)
+        config.hooks,
+        is_frozen=config.train.accumulation == "frozen",
+        has_phases=bool(config.data.phases),
+        is_uniform=world_size is not None and config.model.uniform_routing and config.model.num_moe_layers > 0,
     )
     problems = config.problems(world_size) + hook_problems
     if problems:

@@ -59,6 +59,8 @@ class RunConfig:
     def problems(self, world_size: int | None) -> list[str]:
         """Every inconsistency of the run on `world_size` ranks, or on any, each line beginning with the full key."""
         found = [f"{section}.{line}" for section in SECTIONS for line in getattr(self, section).problems()]
+        if world_size is not None:  # what was trained long ago can still be looked at
+            found += [f"model.{line}" for line in self.model.training_problems()]
         found += folder_name_problems(self.name)
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} must be in [0, 2^32)")

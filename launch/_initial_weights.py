@@ -16,6 +16,7 @@ from torch import Tensor
 from configs.loader import to_dict
 from configs.schema import RunConfig
 from configs.typed import flat
+from launch._bias_kind import bias_multiplies, refuse_mixture, saved_bias_multiplies
 from launch._tensors import WEIGHTS, TensorFolder, read_manifest, verify_weights
 from moe.model import MoEDecoder
 from trainer import ranks
@@ -52,6 +53,8 @@ def check_initial_weights(config: RunConfig, corpus: TokenCorpus) -> None:
     if not folder.is_dir():
         raise ConfigError(f"init_from: {folder} is no folder; name one that launch.from_hf wrote, or a checkpoint")
     manifest, source = read_manifest(folder), _open(folder)
+    if saved_bias_multiplies(folder):
+        refuse_mixture(folder, bias_multiplies(config), "or name other weights in init_from")
     expected = manifest.get("tokenizer_sha256")
     if expected is not None and expected != tokenizer_digest(
         Tokenizer.from_file(str(Path(config.data.path) / TOKENIZER))
@@ -91,6 +94,9 @@ def load_initial_weights(model: MoEDecoder, config: RunConfig, *, share: int = 0
     manifest = read_manifest(folder)
     verify_weights(folder, manifest)
     source = _open(folder)
+    if saved_bias_multiplies(folder):
+        for layer in model.moe_layers():
+            layer.router.prepare_balancing(multiplicative=True, collect_thresholds=False)
     for name, tensor in model_tensors(model).items():
         if name in source.names:
             is_share = num_shares > 1 and not getattr(tensor, "allreduce", True)

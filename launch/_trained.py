@@ -6,11 +6,11 @@ import torch
 
 from configs.loader import load_run_config
 from configs.schema import RunConfig
+from launch._bias_kind import saved_bias_multiplies
 from launch._corpus import open_corpus
 from launch._identity import identity, refuse_other_settings
 from launch._tensors import WEIGHTS, read_manifest
 from moe.model import MoEDecoder
-from moe.rules import RULES
 from trainer.checkpoint_files import newest_intact
 from trainer.data.corpus import TokenCorpus
 from trainer.errors import CheckpointError
@@ -31,14 +31,8 @@ def load_trained_model(run_dir: Path, device: torch.device) -> tuple[RunConfig, 
     model = MoEDecoder(config.model, vocab_size=corpus.vocab_size)
     if config.engine.precision == "bf16":
         model.bfloat16()
-    if has_multiplicative_bias(config):
+    if saved_bias_multiplies(folder):
         for layer in model.moe_layers():
             layer.router.prepare_balancing(multiplicative=True, collect_thresholds=False)
     load_weights(model.to(device), folder / WEIGHTS)
     return config, corpus, model, folder
-
-
-def has_multiplicative_bias(config: RunConfig) -> bool:
-    """Whether the run's biases multiply the scores: weights alone do not say so."""
-    rules = [spec["rule"] for spec in config.hooks.values() if spec["enabled"] and spec["hook"] == "expert_bias"]
-    return any(rule in RULES and RULES[rule].multiplicative for rule in rules)

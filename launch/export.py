@@ -21,12 +21,12 @@ from torch import Tensor
 
 from configs.loader import load_run_config
 from configs.schema import RunConfig
+from launch._bias_kind import saved_bias_multiplies
 from launch._cli import run_command
 from launch._identity import identity, refuse_other_settings
 from launch._model_card import model_card
 from launch._new_folder import new_folder
 from launch._tensors import WEIGHTS, ShardWriter, TensorFolder, parse_size, read_manifest, verify_weights
-from launch._trained import has_multiplicative_bias
 from moe.hf_config import CLASSES, Architecture, choose_architecture, export_problems, has_selection_bias, to_hf
 from moe.hf_layout import layout
 from trainer.checkpoint_files import newest_intact, published, step_of
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     tokenizer = Tokenizer.from_file(str(Path(config.data.path) / TOKENIZER))
     end = int(corpus["tokenizer"]["end_of_document"])
     source = TensorFolder(folder / WEIGHTS)
-    _refuse_lost_bias(source, architecture, config)
+    _refuse_lost_bias(source, architecture, multiplied=saved_bias_multiplies(folder))
 
     dtype = _DTYPES[arguments.dtype] if arguments.dtype else source.read("final_norm.weight").dtype
     with new_folder(arguments.out) as staging:
@@ -126,11 +126,11 @@ def _corpus(config: RunConfig, expected: Mapping[str, Any]) -> dict[str, Any]:
     return corpus
 
 
-def _refuse_lost_bias(source: TensorFolder, architecture: Architecture, config: RunConfig) -> None:
+def _refuse_lost_bias(source: TensorFolder, architecture: Architecture, *, multiplied: bool) -> None:
     """Raises ConfigError if the biases take part in the selection and the architecture has no place for them."""
     names = sorted(name for name in source.names if name.startswith("blocks.") and name.endswith("expert_bias_E"))
     biased = {name: bias_E for name in names if (bias_E := source.read(name)).min() < bias_E.max()}
-    if biased and has_multiplicative_bias(config):
+    if biased and multiplied:
         raise ConfigError(
             "hooks.expert_bias.rule: multiplicative multiplies the scores; no architecture does, they add the bias"
         )

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
     tokenizer, vocab_size, notes = _vocabulary(arguments.folder, imported.vocab_size)
     if imported.mtp_layers:
         notes.append("the layers of multi-token prediction are left out; model.mtp_weight starts a new one")
+    notes += [f"model.{line}" for line in model.training_problems()]
 
     with new_folder(arguments.out) as staging:
         with ShardWriter(staging, shard_bytes) as writer:

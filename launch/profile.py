@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity
 from configs.loader import load_run_config
 from configs.schema import RunConfig
 from launch import _step_profile
+from launch._bias_kind import refuse_other_bias
 from launch._cli import run_command
 from launch._console import terminal
 from launch._corpus import open_corpus
@@ -98,10 +99,14 @@ def measure(
         engine, hooks, run = build(config, corpus, out)
         corpus.plan.require(total * config.train.global_batch_size)
         timeout_s = config.engine.collective_timeout_s
-        if run_dir is not None and CheckpointStore(
-            run_dir, config.checkpoint, identity(original, corpus.fingerprint), timeout_s=timeout_s
-        ).load_newest(engine, hooks) is None and ranks.is_main():  # fmt: skip
-            log.warning("%s has no checkpoint: these are steps of the initial weights", run_dir)
+        if run_dir is not None:
+            saved = CheckpointStore(
+                run_dir, config.checkpoint, identity(original, corpus.fingerprint), timeout_s=timeout_s
+            )
+            restored = saved.load_newest(engine, hooks)
+            refuse_other_bias(run_dir, restored, run.model)
+            if restored is None and ranks.is_main():
+                log.warning("%s has no checkpoint: these are steps of the initial weights", run_dir)
         rows = _Rows()
         store = _NothingSaved(out, config.checkpoint, {}, timeout_s=timeout_s)
         trainer = assemble(config, corpus, out, engine, hooks, run, store, TrainState(), rows.write, StopSignal())

@@ -149,7 +149,9 @@ def simulate(source: Source, rule_name: str, rate: float, steps: int) -> list[Ro
         thresholds_EQ = None
         if rule.needs_thresholds:
             everyone = torch.ones(len(scores_TE), dtype=torch.bool)
-            thresholds_EQ = threshold_histogram(scores_TE, bias_E, everyone, top_k=top_k, low=low, high=high)
+            thresholds_EQ = threshold_histogram(
+                scores_TE, bias_E, everyone, top_k=top_k, low=low, high=high, least_alpha=rule.least_alpha
+            )
         loads = Loads(counts_E, thresholds_EQ, low, high, top_k / experts)
         bias_E, state = apply_rule(rule, loads, bias_E, state, n=n, rate=rate, options=RuleOptions())
     return rows

@@ -19,6 +19,7 @@ import torch
 from configs.hooks import build_hooks
 from configs.loader import load_run_config
 from configs.schema import RunConfig
+from launch._bias_kind import refuse_other_bias
 from launch._cli import run_command
 from launch._corpus import open_corpus
 from launch._identity import identity
@@ -91,7 +92,9 @@ def _train(config: RunConfig, corpus: TokenCorpus, run_dir: Path, stop: StopSign
     store = CheckpointStore(
         run_dir, config.checkpoint, identity(config, corpus.fingerprint), timeout_s=config.engine.collective_timeout_s
     )
-    state = store.load_newest(engine, hooks) or TrainState()
+    restored = store.load_newest(engine, hooks)
+    refuse_other_bias(run_dir, restored, run.model)
+    state = restored or TrainState()
     if state.plan:
         corpus.plan.restore(state.plan, state.samples)
     _require_samples(config, corpus)

@@ -11,6 +11,7 @@ Decisions:
 Shape letters: E experts, Q threshold bins, L MoE layers.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from moe.balance_metrics import dead_experts, load_entropy, max_violation
 from moe.certificate import BalanceCertificate
 from moe.heldout_balance import DomainLoads, duality_gaps, layer_matrix, relative_loads
 from moe.router import RoutingStats
-from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule
+from moe.rules import RULES, Loads, Rule, RuleOptions, apply_rule, multiplies
 from moe.score_sample import ScoreSample
 from trainer import ranks
 from trainer.errors import ConfigError
@@ -34,6 +35,8 @@ RuleName = Literal[
     "quantile", "bip", "none",
 ]  # fmt: skip
 
+
+log = logging.getLogger("evenkeel")
 
 _STARVED = 0.5  # an expert is starved if its tokens have less than half the weight of as many average ones
 
@@ -77,7 +80,7 @@ class ExpertBiasConfig:
     rule: RuleName = "sign"
     """Balancing rule of moe/rules.py; `none` measures loads and moves nothing, the baseline of an ablation."""
     rate: float = 1e-3
-    """Size of a step (u); `quantile` and `bip` have none."""
+    """Size of a step (u); `quantile` and `bip` have none, and say so in the log if one is set."""
     schedule: RateSchedule = field(default_factory=RateSchedule)
     options: RuleOptions = field(default_factory=RuleOptions)
     clamp: float = 0.0
@@ -123,7 +126,7 @@ class BalancedRouter(Protocol):
     num_experts: int
     top_k: int
 
-    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None: ...
+    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool, least_alpha: float) -> None: ...
 
     def threshold_range(self) -> tuple[Tensor, Tensor]: ...
 
@@ -175,6 +178,10 @@ class ExpertBiasHook(Hook):
         if not hasattr(run.model, "moe_layers") or not self._model.moe_layers():
             raise ConfigError(f"expert bias: {type(run.model).__name__} has no MoE layer to balance; disable the hook")
         self._routers = [layer.router for layer in self._model.moe_layers()]
+        # Not refused: presets bring a rate, and naming another rule on the command line should be enough.
+        has_rate = self._rule is None or not self._rule.needs_thresholds
+        if not has_rate and self._config.rate != ExpertBiasConfig.rate and ranks.is_main():
+            log.warning("expert bias: rule %s has no rate; %g is not read", self._config.rule, self._config.rate)
         self._total_steps = run.total_steps
         self._has_weights = run.has_weights
         if run.has_weights:
@@ -190,7 +197,11 @@ class ExpertBiasHook(Hook):
 
     def _prepare(self, rule: Rule, model: nn.Module) -> None:
         for router in self._routers:
-            router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+            router.prepare_balancing(
+                multiplicative=rule.multiplicative,
+                collect_thresholds=rule.needs_thresholds,
+                least_alpha=rule.least_alpha,
+            )
             self._states.append({name: torch.zeros_like(router.expert_bias_E) for name in rule.state})
         self._certificate = BalanceCertificate(
             model, [router.expert_bias_E for router in self._routers], [router.top_k for router in self._routers]
@@ -258,22 +269,24 @@ class ExpertBiasHook(Hook):
         return state | {"updates": self._updates, "rule": self._config.rule}
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Put saved biases into the routers. State of another rule is not taken over: only the biases are.
+        """Put saved biases into the routers. Of another rule only the biases are taken over.
 
-        Raises ConfigError if one rule is additive and the other multiplicative: their biases do not translate.
+        Raises ConfigError if one rule is multiplicative and the other is not (`none` is not): biases do not translate.
         """
-        saved_rule = RULES.get(str(state["rule"]))
-        if self._rule is not None and saved_rule is not None and saved_rule.multiplicative != self._rule.multiplicative:
-            raise ConfigError(f"expert bias: the checkpoint was balanced by {state['rule']}, not {self._config.rule}")
+        if multiplies(state["rule"]) != multiplies(self._config.rule):
+            raise ConfigError(
+                f"expert bias: the checkpoint was balanced by {state['rule']}, not {self._config.rule}: one multiplies "
+                "scores by biases, the other adds them; keep the rule (with rate 0 nothing moves) or set a new run_dir"
+            )
         for i, router in enumerate(self._routers):
             router.expert_bias_E.copy_(cast(Tensor, state[f"bias.{i}"]))
-        self._updates = int(cast(int, state["updates"]))
         if self._certificate is not None:
             self._certificate.after_move()
         if state["rule"] == self._config.rule:
+            self._updates = int(cast(int, state["updates"]))
             for i, own in enumerate(self._states):
                 for name, tensor in own.items():
-                    tensor.copy_(cast(Tensor, state[f"{name}.{i}"]))
+                    tensor.copy_(cast(Tensor, state.get(f"{name}.{i}", torch.zeros_like(tensor))))  # older: fewer
 
     @torch.no_grad()
     def _move(self, loads: Sequence[RoutingStats], by: Sequence[Tensor], factor: float) -> None:

@@ -59,11 +59,19 @@ class MoELayer(nn.Module):
         return self.router.top_k
 
     def forward(
-        self, x_BTD: Tensor, counted_BT: Tensor, samples: Samples | None = None, shards: Shards | None = None
+        self,
+        x_BTD: Tensor,
+        counted_BT: Tensor,
+        samples: Samples | None = None,
+        shards: Shards | None = None,
+        real_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerReport]:
-        """Output [B, T, D] and what the layer observed, of this rank's tokens if `shards` spread rows over ranks."""
+        """Output [B, T, D] and what the layer observed, of this rank's tokens if `shards` spread rows over ranks.
+
+        `real_BT`: False at padding, for a router with a capacity.
+        """
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.router(x_ND, counted_BT.flatten())
+        routing = self.router(x_ND, counted_BT.flatten(), None if real_BT is None else real_BT.flatten())
         if samples is not None:
             counts_SE = count_by_sample(routing.indices_NK, samples.of_token_N, samples.number, self.num_experts)
             routing = routing._replace(stats=routing.stats._replace(by_sample_SE=counts_SE))
@@ -114,7 +122,7 @@ class Block(nn.Module):
         x_BTD, normed_BTD = self.mix(x_BTD, layout)
         report = None
         if isinstance(self.mlp, MoELayer):
-            out_BTD, report = self.mlp(normed_BTD, counted_BT, samples, layout.shards)
+            out_BTD, report = self.mlp(normed_BTD, counted_BT, samples, layout.shards, layout.real_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
         return x_BTD + F.dropout(out_BTD, self._dropout, self.training), report

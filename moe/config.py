@@ -81,7 +81,7 @@ class ModelConfig:
     router_jitter: float = 0.0
     """Half-width of multiplicative noise on the router's input in training."""
     capacity_factor: float = 0.0
-    """Tokens of a micro-batch an expert takes at most, relative to its even share; 0 drops none."""
+    """Tokens of a micro-batch an expert takes at most, relative to its even share; 0 drops none. Padding is none."""
     drop_by: Literal["score", "position"] = "score"
     """Which tokens an expert over its capacity keeps: those with the largest gates, or the first."""
     uniform_routing: bool = False
@@ -184,6 +184,22 @@ class ModelConfig:
             )
         sparse = any(self.layer_experts) if self.layer_experts else self.num_dense_layers < self.num_layers
         return found + (self._expert_problems() if sparse or self.has_mtp else [])
+
+    def training_problems(self) -> list[str]:
+        """Why a model that can be built and evaluated cannot be trained, one line each."""
+        if self.top_k == 1 and self.normalize_gates and max(self.block_experts, default=0) > 1:
+            return [
+                "top_k: 1 with normalize_gates makes every gate 1 whatever the score, so the loss cannot teach the "
+                "router anything; set normalize_gates to false, or top_k to 2 or more"
+            ]
+        if any(self.block_experts):
+            return []
+        unread = {"aux_loss": self.aux_loss.any} | {
+            name: getattr(self, name) for name in ("router_jitter", "capacity_factor", "uniform_routing")
+        }
+        return [
+            f"{name}: is of routers, and no layer has experts; remove it" for name, is_set in unread.items() if is_set
+        ]
 
     def _grouped_problems(self) -> list[str]:
         """Why grouped-query attention cannot have this shape."""

@@ -29,12 +29,13 @@ AttentionMask = Tensor | BlockMask | None
 
 
 class Layout(NamedTuple):
-    """What attention must know about the places of tokens. With rows spread over ranks the angles are of own tokens."""
+    """What blocks must know about the places of tokens. With rows spread over ranks the angles are of own tokens."""
 
     cos: Tensor  # [T, h], or [B, 1, T, h] where positions differ between samples
     sin: Tensor
     mask: AttentionMask  # of whole rows
     shards: Shards = Shards()
+    real_BT: Tensor | None = None  # False at padding, of own tokens; None if nobody asked for it
 
 
 def document_layout(

@@ -188,6 +188,8 @@ class MoEDecoder(nn.Module):
         config = self.config
         cos_Th, sin_Th = rotary_table(tokens_BT.shape[1], config.rotary_size, config.rope_theta, tokens_BT.device)
         layout = document_layout(cos_Th, sin_Th, documents_BT if config.document_mask else None, self.shards)
+        if config.capacity_factor and documents_BT is not None:
+            layout = layout._replace(real_BT=self.shards.own(documents_BT >= 0))
         return layout, torch.ones_like(tokens_BT, dtype=torch.bool) if labels_BT is None else labels_BT != IGNORED_LABEL
 
     def _samples(self, counted_BT: Tensor, documents_BT: Tensor | None) -> Samples:

@@ -138,7 +138,7 @@ class BiasBalancer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Take back what `state_dict` gave. Tensors of another rule are not taken over: only the biases are.
+        """Take back what `state_dict` gave. Of another rule only the biases are taken over.
 
         Raises ConfigError if it is of a model with other routers.
         """
@@ -148,12 +148,13 @@ class BiasBalancer:
                 f"saved balancer state has routers with {[len(bias_E) for bias_E in saved]} experts, "
                 f"this model has {[layer.router.num_experts for layer in self._layers]}"
             )
-        self._updates = int(cast(int, state["updates"]))
+        same_rule = state["rule"] == self.rule_name
+        self._updates = int(cast(int, state["updates"])) if same_rule else 0
         for i, layer in enumerate(self._layers):
             layer.router.bias_E.copy_(saved[i])
-            if state["rule"] == self.rule_name:
-                for name, tensor in layer.state.items():
-                    tensor.copy_(_float32(state[f"{name}.{i}"]))
+            for name, tensor in layer.state.items():
+                known = same_rule and f"{name}.{i}" in state  # states of earlier versions may have fewer tensors
+                tensor.copy_(_float32(state[f"{name}.{i}"]) if known else torch.zeros_like(tensor))
 
     def _new_layer(self, router: ForeignRouter) -> _Layer:
         bias_E = router.bias_E
@@ -195,7 +196,7 @@ class BiasBalancer:
         counts = count_tokens(indices_NK, mask, router.bias.numel())[: router.num_experts]
         layer.counts_E = layer.counts_E.to(counts.device) + counts
         self._observed = True
-        if layer.thresholds_EQ is not None:
+        if layer.thresholds_EQ is not None and self._rule is not None:
             if layer.scores is None:
                 layer.scores = find_scores(router, args, kwargs, outputs)
             bias_E = router.bias_E
@@ -206,6 +207,7 @@ class BiasBalancer:
                 top_k=layer.top_k,
                 low=bias_E.min() - 1,
                 high=bias_E.max() + 1,
+                least_alpha=self._rule.least_alpha,
             )
 
     def _take_loads(self) -> list[Loads]:

@@ -108,16 +108,26 @@ def count_tokens(indices_NK: Tensor, counted_N: Tensor, num_experts: int) -> Ten
 
 
 def within_capacity(
-    indices_NK: Tensor, gates_NK: Tensor, *, capacity: int, num_experts: int, by: Literal["score", "position"]
+    indices_NK: Tensor,
+    gates_NK: Tensor,
+    *,
+    capacity: int | Tensor,
+    num_experts: int,
+    by: Literal["score", "position"],
+    real_N: Tensor | None = None,
 ) -> Tensor:
     """Which choices fit when an expert takes at most `capacity` tokens, bool [N, K].
 
-    `position` keeps an expert's first tokens, `score` those with the largest gates (earlier ones on a tie).
+    `position` keeps an expert's first tokens, `score` those with the largest gates (earlier ones on a tie); padding,
+    where `real_N` is False, gets what they leave.
     """
     experts = indices_NK.flatten()
     order = torch.arange(experts.numel(), device=experts.device)
     if by == "score":
         order = gates_NK.detach().flatten().argsort(descending=True, stable=True)
+    if real_N is not None:
+        is_padding = ~real_N.unsqueeze(1).expand_as(indices_NK).flatten()
+        order = order[is_padding[order].int().argsort(stable=True)]
     by_expert = order[experts[order].argsort(stable=True)]
     loads_E = count_tokens(indices_NK, torch.ones_like(indices_NK[:, 0]), num_experts)
     first_E = loads_E.cumsum(0) - loads_E
@@ -127,13 +137,21 @@ def within_capacity(
 
 
 def threshold_histogram(
-    scores_NE: Tensor, bias_E: Tensor, counted_N: Tensor, *, top_k: int, low: Tensor, high: Tensor
+    scores_NE: Tensor,
+    bias_E: Tensor,
+    counted_N: Tensor,
+    *,
+    top_k: int,
+    low: Tensor,
+    high: Tensor,
+    least_alpha: float = -math.inf,
 ) -> Tensor:
     """Histogram over tokens of alpha_i - s_ij for each expert, int64 [E, Q] on [low, high].
 
-    alpha_i is the (k+1)-th largest biased score of token i: expert j would just be chosen with bias alpha_i - s_ij.
+    alpha_i is the (k+1)-th largest biased score of token i, `least_alpha` at least: expert j would just be chosen with
+    bias alpha_i - s_ij.
     """
-    alpha_N1 = (scores_NE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    alpha_N1 = (scores_NE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:].clamp(min=least_alpha)
     position_NE = (alpha_N1 - scores_NE - low) / (high - low) * THRESHOLD_BINS
     bin_NE = position_NE.long().clamp(0, THRESHOLD_BINS - 1)
     num_experts = scores_NE.shape[1]
@@ -149,19 +167,24 @@ class Router(nn.Module):
     expert_bias_E: Tensor
     remakes = False
     """Whether the backward makes the float32 copy of the input again (moe/recompute.py)."""
+    multiplies = False
+    """Whether the bias multiplies the scores instead of being added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self._config = config
-        self._multiplicative = self.collects_thresholds = False
+        self.collects_thresholds, self._least_alpha = False, -math.inf
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def prepare_balancing(self, *, multiplicative: bool, collect_thresholds: bool) -> None:
+    def prepare_balancing(
+        self, *, multiplicative: bool, collect_thresholds: bool, least_alpha: float = -math.inf
+    ) -> None:
         """Set the router up for a rule: how the bias enters the selection, and what has to be observed.
 
-        A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought.
+        A multiplicative bias starts at 1; an additive one where it is: at 0, or what initial weights brought. If the
+        router multiplies already, its biases stay as they are.
 
         Raises ConfigError if the rule cannot work with this router.
         """
@@ -170,8 +193,10 @@ class Router(nn.Module):
             raise ConfigError("expert bias: quantile and bip need bounded scores and no groups; choose another rule")
         if collect_thresholds and config.top_k == config.num_experts:
             raise ConfigError("expert bias: quantile and bip have nothing to solve where every expert is always chosen")
-        self._multiplicative, self.collects_thresholds = multiplicative, collect_thresholds
-        if multiplicative:
+        starts_multiplying = multiplicative and not self.multiplies
+        self.multiplies, self.collects_thresholds = multiplicative, collect_thresholds
+        self._least_alpha = least_alpha
+        if starts_multiplying:
             if self.expert_bias_E.unique().numel() > 1:
                 raise ConfigError(
                     "expert bias: rule multiplicative cannot start from the biases of init_from; they add"
@@ -186,14 +211,17 @@ class Router(nn.Module):
         would be in other units than everybody's.
         """
         config = self._config
-        return not (self._multiplicative or config.num_groups > 1 or config.uniform_routing)
+        return not (self.multiplies or config.num_groups > 1 or config.uniform_routing)
 
     def threshold_range(self) -> tuple[Tensor, Tensor]:
         """Edges of the threshold histogram under the present bias: scores lie in [0, 1]."""
         return self.expert_bias_E.min() - 1, self.expert_bias_E.max() + 1
 
-    def forward(self, x_ND: Tensor, counted_N: Tensor) -> Routing:
-        """Route every token; gates are float32 [N, K]. Padding (`counted_N` False) is routed but not counted."""
+    def forward(self, x_ND: Tensor, counted_N: Tensor, real_N: Tensor | None = None) -> Routing:
+        """Route every token; gates are float32 [N, K]. What has no target (`counted_N` False) is not counted.
+
+        `real_N` is False for padding, which takes no capacity from tokens; with None all are tokens.
+        """
         config = self._config
         # Routing is a comparison of close numbers: products, scores and selection all stay in float32.
         if config.router_jitter and self.training:
@@ -207,9 +235,16 @@ class Router(nn.Module):
         gates_NK = gates_of(scores_NE, indices_NK, normalize=config.normalize_gates, scale=config.routed_scale)
         dropped = torch.zeros((), dtype=torch.int64, device=x_ND.device)
         if config.capacity_factor:
-            capacity = math.ceil(config.capacity_factor * x_ND.shape[0] * self.top_k / self.num_experts)
+            # A tensor, not a number: the host need not know how much of a micro-batch is padding.
+            num_real = torch.full_like(dropped, len(x_ND)) if real_N is None else real_N.sum()
+            capacity = (config.capacity_factor * num_real.double() * self.top_k / self.num_experts).ceil()
             kept_NK = within_capacity(
-                indices_NK, gates_NK, capacity=capacity, num_experts=self.num_experts, by=config.drop_by
+                indices_NK,
+                gates_NK,
+                capacity=capacity,
+                num_experts=self.num_experts,
+                by=config.drop_by,
+                real_N=real_N,
             )
             gates_NK = gates_NK * kept_NK
             dropped = (~kept_NK & counted_N.unsqueeze(1)).sum()
@@ -225,7 +260,7 @@ class Router(nn.Module):
         config = self._config
         if config.uniform_routing:
             return uniform_experts(scores_NE.shape[0], self.top_k, self.num_experts, scores_NE.device)
-        biased_NE = scores_NE * self.expert_bias_E if self._multiplicative else scores_NE + self.expert_bias_E
+        biased_NE = scores_NE * self.expert_bias_E if self.multiplies else scores_NE + self.expert_bias_E
         return _top_experts(biased_NE, top_k=self.top_k, num_groups=config.num_groups, top_groups=config.top_groups)
 
     @torch.no_grad()
@@ -233,7 +268,15 @@ class Router(nn.Module):
         if not (self.collects_thresholds and self.training):
             return None
         low, high = self.threshold_range()
-        return threshold_histogram(scores_NE, self.expert_bias_E, counted_N, top_k=self.top_k, low=low, high=high)
+        return threshold_histogram(
+            scores_NE,
+            self.expert_bias_E,
+            counted_N,
+            top_k=self.top_k,
+            low=low,
+            high=high,
+            least_alpha=self._least_alpha,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # model.bfloat16() casts floating buffers too; a bias that moves by 1e-3 a step would not survive it.

@@ -13,7 +13,7 @@ that has everything. A layer that saw no token keeps its bias and its state.
 | decay_sqrt | b + u / sqrt(n) e | relative to the mean load |
 | decay_linear | b + u / n e | relative to the mean load |
 | smebu | d = u tanh(kappa e), centred; m = beta m + (1 - beta) d; b + m | saturates at u |
-| pid | u (kp e + ki sum(e) + kd (e - previous e)), the sum limited against wind-up | relative to the mean load |
+| pid | b + u times the change of kp e + ki sum(e) + kd (e - previous e), the sum limited | relative to the mean load |
 | multiplicative | b + u sign(e) with selection by s * b, b from 1 | none |
 | quantile | the exact dual step, no rate: the k/E-quantile over tokens of alpha_i - s_ij, centred | scores |
 | bip | the same limited to b <= 0 and alpha >= 0, one dual iteration a step | scores |
@@ -26,6 +26,7 @@ future tokens into the selection.
 Shape letters: E experts, Q bins of the threshold histogram.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,6 +88,8 @@ class Rule(NamedTuple):
     """Selection by s * b with b from 1, instead of s + b with b from 0."""
     needs_thresholds: bool = False
     """Whether `Loads` must hold the threshold histogram."""
+    least_alpha: float = -math.inf
+    """Lower limit of alpha_i in that histogram."""
     options: tuple[str, ...] = ()
     """Fields of RuleOptions it reads."""
 
@@ -155,12 +158,17 @@ def smebu(
 def pid(
     loads: Loads, bias_E: Tensor, state: Mapping[str, Tensor], n: int, rate: float, o: RuleOptions
 ) -> tuple[Tensor, State]:
-    """u (kp e + ki I + kd (e - e')), I = clamp(I + e): the bias is the controller's output, not a sum of steps."""
+    """b + u (y - y'), y = kp e + ki I + kd (e - e'), I = clamp(I + e); primes are of the update before, at first zero.
+
+    With one rate all along the bias is where it began plus u y. Adding up changes of the output, not setting the bias
+    to it, keeps what other rules or weights brought, and a falling rate slows the bias down instead of shrinking it.
+    """
     error_E = relative_error(loads.counts_E)
     integral_E = (state["integral"] + error_E).clamp(-o.windup, o.windup)
     change_E = error_E - state["previous"] if n > 1 else torch.zeros_like(error_E)
-    bias_E = rate * (o.kp * error_E + o.ki * integral_E + o.kd * change_E)
-    return bias_E, {"integral": integral_E, "previous": error_E}
+    before_E = o.kp * state["previous"] + o.ki * state["integral"] + o.kd * state["change"]
+    after_E = o.kp * error_E + o.ki * integral_E + o.kd * change_E
+    return bias_E + rate * (after_E - before_E), {"integral": integral_E, "previous": error_E, "change": change_E}
 
 
 def quantile(
@@ -176,6 +184,8 @@ def bip(
 ) -> tuple[Tensor, State]:
     """b_j = min(0, k/E-quantile): the dual prices of "at most its share" have one sign (Sun 2025, arXiv 2502.15451).
 
+    So have those of "at most k experts": alpha_i = max(0, (k+1)-th largest biased score). Without that limit the biases
+    would fall for ever, for nothing else says how low all of them together may be.
     The T dual iterations that the method makes on one batch are spread over T steps, each on its own batch.
     """
     return _blend(bias_E, _threshold_quantile(loads).clamp(max=0.0), o.ema), {}
@@ -206,11 +216,16 @@ RULES: dict[str, Rule] = {
     "decay_sqrt": Rule(decay_sqrt, options=("floor",)),
     "decay_linear": Rule(decay_linear, options=("floor",)),
     "smebu": Rule(smebu, state=("momentum",), options=("kappa", "beta")),
-    "pid": Rule(pid, state=("integral", "previous"), options=("kp", "ki", "kd", "windup")),
+    "pid": Rule(pid, state=("integral", "previous", "change"), options=("kp", "ki", "kd", "windup")),
     "multiplicative": Rule(sign, multiplicative=True),
     "quantile": Rule(quantile, needs_thresholds=True, options=("ema",)),
-    "bip": Rule(bip, needs_thresholds=True, options=("ema",)),
+    "bip": Rule(bip, needs_thresholds=True, least_alpha=0.0, options=("ema",)),
 }
+
+
+def multiplies(rule: object) -> bool:
+    """Whether biases of a rule of this name multiply the scores. Without a rule (`none`) they are added."""
+    return isinstance(rule, str) and rule in RULES and RULES[rule].multiplicative
 
 
 def apply_rule(

@@ -25,6 +25,10 @@ def upcycle_problems(*, width: int, num_experts: int, top_k: int, granularity: i
         found.append(f"--experts: {num_experts} is not a multiple of --granularity ({granularity})")
     if top_k % granularity:
         found.append(f"--top-k: {top_k} is not a multiple of --granularity ({granularity})")
+    if top_k == 1 < num_experts:
+        found.append(
+            "--top-k: 1 of several experts has a normalised gate of 1 always, of which no router learns; use 2"
+        )
     if not 1 <= top_k <= num_experts:
         found.append(f"--top-k: {top_k} must be between 1 and --experts ({num_experts})")
     return found

@@ -321,6 +321,11 @@ class HookList:
         """True if a hook sets the weights that domains are sampled with."""
         return self._owner("sampling") is not None
 
+    @property
+    def moves_bias(self) -> bool:
+        """True if a hook moves the biases of the experts."""
+        return self._owner("expert_bias") is not None
+
     def sampling_weights(self) -> list[float] | None:
         """What the owner of "sampling" wants from now on, or None if it changes nothing or there is none."""
         owner = self._owner("sampling")

@@ -71,7 +71,7 @@ def train_reference(config: RunConfig, corpus: TokenCorpus) -> Reference:
     rule = RULES[config.hooks["expert_bias"]["rule"]]
     states: list[dict[str, Tensor]] = []
     for layer in model.moe_layers():
-        layer.router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds)
+        layer.router.prepare_balancing(multiplicative=rule.multiplicative, collect_thresholds=rule.needs_thresholds, least_alpha=rule.least_alpha)
         states.append({name: torch.zeros(layer.num_experts) for name in rule.state})
     objective = PlainObjective(config, corpus)
     losses: list[float] = []

@@ -40,7 +40,7 @@ def expected(rule_name: str) -> dict[str, Tensor]:
             counts_E = torch.bincount(biased_NE.topk(TOP_K).indices.flatten(), minlength=experts)
             low, high = bias_E.min() - 1, bias_E.max() + 1
             everyone = torch.ones(len(scores_NE), dtype=torch.bool)
-            histogram = threshold_histogram(scores_NE, bias_E, everyone, top_k=TOP_K, low=low, high=high)
+            histogram = threshold_histogram(scores_NE, bias_E, everyone, top_k=TOP_K, low=low, high=high, least_alpha=rule.least_alpha)
             loads = Loads(counts_E, histogram if rule.needs_thresholds else None, low, high, TOP_K / experts)
             bias_E, state = apply_rule(rule, loads, bias_E, state, n=step + 1, rate=0.01, options=RuleOptions())
             found |= {f"counts.{step}.{i}": counts_E, f"bias.{step}.{i}": bias_E}

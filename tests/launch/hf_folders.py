@@ -65,12 +65,16 @@ def write_run(
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
     (run / "metrics.jsonl").write_text(json.dumps({"step": STEP, "tokens": 3072, "loss": 3.0}) + "\n")
-    write_weights(checkpoint, model.to(dtype), identity(config, manifest["fingerprint"]))
+    write_weights(
+        checkpoint, model.to(dtype), identity(config, manifest["fingerprint"]), rule=config.hooks["expert_bias"]["rule"]
+    )
     return run, config, model
 
 
-def write_weights(checkpoint: Path, model: MoEDecoder, of: Mapping[str, object]) -> None:
+def write_weights(checkpoint: Path, model: MoEDecoder, of: Mapping[str, object], *, rule: str = "sign") -> None:
     safetensors.torch.save_file(whole_weights(model), checkpoint / "model.safetensors")
-    files = {"model.safetensors": file_entry(checkpoint / "model.safetensors")}
+    hooks = {"expert_bias": {"version": 1, "values": {"updates": STEP, "rule": rule}}}
+    (checkpoint / "state.json").write_text(json.dumps({"trainer": {}, "hooks": hooks}))
+    files = {name: file_entry(checkpoint / name) for name in ("model.safetensors", "state.json")}
     described = {"format": 1, "step": STEP, "identity": of, "files": files}
     (checkpoint / "MANIFEST.json").write_text(json.dumps(described))

@@ -142,7 +142,7 @@ def test_a_multiplicative_bias_has_no_place_unless_it_never_moved(
     assert run_command(export.main, [str(run), "--out", str(tmp_path / "out")]) == 2
     assert "hooks.expert_bias.rule: multiplicative" in capsys.readouterr().err
     for layer in model.moe_layers():
-        layer.router._multiplicative = True
+        layer.router.multiplies = True
     loaded = load_trained_model(run, torch.device("cpu"))[2].eval()
     tokens_BT = some_tokens(model.embedding.num_embeddings)
     with torch.no_grad():
@@ -151,7 +151,8 @@ def test_a_multiplicative_bias_has_no_place_unless_it_never_moved(
     for layer in model.moe_layers():
         layer.router.expert_bias_E.fill_(1.0)
     checkpoint = run / "checkpoints" / f"step-{STEP:08d}"
-    write_weights(checkpoint, model, json.loads((checkpoint / "MANIFEST.json").read_text())["identity"])
+    identity = json.loads((checkpoint / "MANIFEST.json").read_text())["identity"]
+    write_weights(checkpoint, model, identity, rule="multiplicative")
     assert run_command(export.main, [str(run), "--out", str(tmp_path / "out")]) == 0
     with torch.no_grad():
         assert close(logits_of(tmp_path / "out", tokens_BT), model(tokens_BT))

@@ -23,7 +23,7 @@ from tests.launch.hf_folders import ARCHITECTURES, STEP, write_run
 from tests.launch.test_export import close, some_tokens
 from tests.moe.test_parity import randomize
 from trainer.data.config import DataConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.model_weights import whole_weights
 
 transformers = pytest.importorskip("transformers")
@@ -41,7 +41,7 @@ def convert(folder: Path, out: Path, *options: str) -> None:
 
 
 def initial_model(folder: Path) -> MoEDecoder:
-    config = load_run_config(folder / "config.yaml")
+    config = load_run_config(folder / "config.yaml", world_size=None)
     assert config.init_from == str(folder)
     rows = TensorFolder(folder).shape("embedding.weight")[0]
     model = MoEDecoder(config.model, vocab_size=rows)
@@ -93,6 +93,25 @@ def test_folders_of_transformers(name: str, settings: dict[str, object], tmp_pat
         assert close(initial_model(tmp_path / "initial")(tokens_BT), theirs(tokens_BT).logits)
 
 
+def test_a_model_of_one_expert_a_token_is_read_but_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SMALL, **EXPERTS, "num_experts": 8, "head_dim": 16, "num_experts_per_tok": 1}
+    theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "initial")
+    assert "model.top_k: 1 with normalize_gates" in capsys.readouterr().out
+    tokens_BT = some_tokens(VOCAB)
+    with torch.no_grad():
+        assert close(initial_model(tmp_path / "initial")(tokens_BT), theirs(tokens_BT).logits)
+    with pytest.raises(
+        ConfigError, match=r"config.yaml: model.top_k: 1 with normalize_gates .* set normalize_gates to"
+    ):
+        load_run_config(tmp_path / "initial" / "config.yaml")
+    load_run_config(tmp_path / "initial" / "config.yaml", ["model.normalize_gates=false"])
+
+
 def test_rows_without_a_token_are_left_out_and_shards_are_read(
     tmp_path: Path, data_config: DataConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +151,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path, capsys: p
     "options",
     [
         ["--experts", "8"],
-        ["--experts", "4", "--top-k", "1", "--router", "softmax", "--dense-layers", "1"],
+        ["--experts", "4", "--top-k", "2", "--router", "softmax", "--dense-layers", "1"],
         ["--experts", "12", "--granularity", "3", "--top-k", "6", "--router-std", "0.1", "--seed", "5"],
         ["--experts", "8", "--granularity", "2", "--top-k", "2", "--router", "softmax"],
     ],

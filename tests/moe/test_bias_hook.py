@@ -166,6 +166,13 @@ def test_a_model_without_experts_is_refused(model: Any) -> None:
         ExpertBiasHook(ExpertBiasConfig()).on_start(run_of(model))
 
 
+@pytest.mark.parametrize(("rule", "said"), [("quantile", 1), ("bip", 1), ("sign", 0), ("none", 0)])
+def test_a_rate_that_is_not_read_is_said(rule: str, said: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="evenkeel"):
+        started(rule=rule)
+    assert [f"rule {rule} has no rate; 0.01 is not read" in line for line in caplog.messages] == [True] * said
+
+
 def test_rate_schedules() -> None:
     def factors(**options: Any) -> list[float]:
         return [round(rate_factor(RateSchedule(**options), n, 10), 3) for n in range(10)]
@@ -195,11 +202,36 @@ def test_a_frozen_bias_stays_and_is_still_measured() -> None:
     assert "moe/maxvio_batch" in records.values
 
 
-def test_additive_and_multiplicative_states_do_not_mix() -> None:
+@pytest.mark.parametrize("additive", ["sign", "none"])
+def test_additive_and_multiplicative_states_do_not_mix(additive: str) -> None:
     hook, model = started(rule="multiplicative")
+    other, other_model = started(rule=additive)
+    with pytest.raises(ConfigError, match=f"was balanced by {additive}, not multiplicative"):
+        hook.load_state_dict(other.state_dict())
     assert (biases(model) == 1).all()
-    with pytest.raises(ConfigError, match="was balanced by sign, not multiplicative"):
-        hook.load_state_dict(started()[0].state_dict())
+    with pytest.raises(ConfigError, match=f"was balanced by multiplicative, not {additive}"):
+        other.load_state_dict(hook.state_dict())
+    assert not biases(other_model).any()
+
+
+@pytest.mark.parametrize("rule", ["decay_linear", "pid"])
+def test_another_rule_takes_over_the_biases_and_begins_to_count(rule: str) -> None:
+    hook, model = started(rule="sign")
+    for seed in range(30):
+        forward(model, seed)
+        hook.after_step(step_of(Records()), APPLIED)
+    after_switch, fresh = started(rule=rule), started(rule=rule)
+    after_switch[0].load_state_dict(hook.state_dict())
+    assert after_switch[0].state_dict()["updates"] == 0
+    moves = []
+    for each, its_model in (after_switch, fresh):
+        for layer, other in zip(its_model.moe_layers(), model.moe_layers(), strict=True):
+            layer.router.expert_bias_E.copy_(other.router.expert_bias_E)
+        forward(its_model, 31)
+        each.after_step(step_of(Records()), APPLIED)
+        moves.append(biases(its_model) - biases(model))
+    assert torch.equal(*moves), "as from its first update, and from where the biases are"
+    assert 0 < moves[0].abs().max() < 0.1
 
 
 def test_state_of_a_rule_with_memory_comes_back() -> None:

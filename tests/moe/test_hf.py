@@ -107,7 +107,7 @@ def test_interleaving_has_an_inverse_and_pairs_what_turns_together(
 def test_upcycled_experts_are_the_dense_function(
     granularity: int, copies: int, chosen: int, seed: int, score: str
 ) -> None:
-    assume(chosen <= copies)
+    assume(chosen <= copies and (granularity * chosen > 1 or copies == 1))
     generator = torch.Generator().manual_seed(seed)
     width, inner, experts, top_k = 6, 4 * granularity, granularity * copies, granularity * chosen
     assert not upcycle_problems(width=inner, num_experts=experts, top_k=top_k, granularity=granularity)
@@ -139,6 +139,7 @@ def test_upcycled_experts_are_the_dense_function(
         ({"granularity": 0}, "--granularity: 0 does not divide"),
         ({"num_experts": 6}, "--experts: 6 is not a multiple"),
         ({"top_k": 6}, "--top-k: 6 is not a multiple"),
+        ({"top_k": 1, "granularity": 1}, "--top-k: 1 of several experts"),
         ({"top_k": 12}, "--top-k: 12 must be between 1 and --experts (8)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,6 +160,33 @@ def test_jitter_only_in_training_and_replayed_with_the_generator() -> None:
     assert torch.equal(router(X_ND, EVERYONE).logits_NE, first)
     assert not torch.equal(router(X_ND, EVERYONE).logits_NE, first)
     torch.testing.assert_close(router.eval()(X_ND, EVERYONE).logits_NE, X_ND @ router.weight.T)
+
+
+@pytest.mark.parametrize("drop_by", ["score", "position"])
+def test_padding_takes_no_capacity(drop_by: str) -> None:
+    """Rows with padding keep and drop what the same rows without it do; the last token of a document is no padding."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=32, num_layers=2, num_dense_layers=1, dense_intermediate_size=48, num_heads=4, num_kv_heads=2,
+        num_experts=8, top_k=2, expert_intermediate_size=16, num_shared_experts=1, document_mask=True,
+        capacity_factor=1.25, drop_by=drop_by, init_std=0.3,
+    )  # fmt: skip
+    model = MoEDecoder(config, vocab_size=64).train()
+    tokens_BT, labels_BT = torch.randint(1, 64, (2, 8, 32))
+    labels_BT[:, 15] = labels_BT[:, 31] = -100
+    documents_BT = (torch.arange(32) // 16).repeat(8, 1)
+
+    def padded(tensor_BT: torch.Tensor, value: int) -> torch.Tensor:
+        return F.pad(tensor_BT, (0, 16), value=value)
+
+    losses_BT = model(tokens_BT, labels_BT, documents_BT)
+    alone = model.take_loads("train")[0]
+    padded_BT = model(padded(tokens_BT, 0), padded(labels_BT, -100), padded(documents_BT, -1))
+    among = model.take_loads("train")[0]
+    assert alone.dropped > 10
+    assert torch.equal(among.dropped, alone.dropped)
+    assert torch.equal(among.counts_E, alone.counts_E)
+    torch.testing.assert_close(padded_BT[:, :32], losses_BT)
 
 
 @pytest.mark.parametrize("by", ["score", "position"])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.balance_metrics import dead_experts, load_entropy, max_violation
+from moe.bias_hook import RateSchedule, rate_factor
 from moe.router import threshold_histogram
 from moe.rules import RULES, Loads, RuleOptions, apply_rule, relative_error
 
@@ -65,12 +66,30 @@ def test_momentum_and_integral_are_carried() -> None:
         steps.append(new_E - bias_E)
         bias_E = new_E
     torch.testing.assert_close(steps[1], 1.5 * steps[0])
-    state = {"integral": torch.zeros(4), "previous": torch.zeros(4)}
+    state = {name: torch.zeros(4) for name in RULES["pid"].state}
     for n in range(1, 200):
         bias_E, state = apply_rule(
             RULES["pid"], Loads(counts_E), bias_E, state, n=n, rate=0.1, options=RuleOptions(windup=5.0)
         )
     assert state["integral"].tolist() == pytest.approx([0.0, 5.0, 5.0, -5.0]), "the sum stops at the wind-up limit"
+
+
+def test_pid_adds_to_the_bias_it_finds() -> None:
+    """With a constant rate it is the textbook controller plus the bias it began with; rate 0 holds any bias."""
+    start_E = torch.tensor([0.5, -0.3, 0.2, -0.4])
+    bias_E, state = start_E, {name: torch.zeros(4) for name in RULES["pid"].state}
+    options, errors = RuleOptions(kp=1.5, ki=0.5, kd=0.25, windup=1.0), []
+    for n, counts in enumerate([[4, 3, 1, 8], [5, 3, 2, 6], [2, 8, 3, 3]], 1):
+        loads = Loads(torch.tensor(counts))
+        held_E, _ = apply_rule(RULES["pid"], loads, bias_E, state, n=n, rate=0.0, options=options)
+        assert torch.equal(held_E, bias_E)
+        bias_E, state = apply_rule(RULES["pid"], loads, bias_E, state, n=n, rate=0.1, options=options)
+        errors.append(relative_error(loads.counts_E))
+    integral_E = torch.zeros(4)
+    for error_E in errors:
+        integral_E = (integral_E + error_E).clamp(-1, 1)
+    output_E = 1.5 * errors[-1] + 0.5 * integral_E + 0.25 * (errors[-1] - errors[-2])
+    torch.testing.assert_close(bias_E, start_E + 0.1 * output_E)
 
 
 def test_error_is_exact_beyond_float32_integers() -> None:
@@ -114,8 +133,11 @@ def test_perfect_balance_moves_nothing(name: str) -> None:
     assert torch.equal(update(name, torch.full((3,), 7), bias_E, 0.5), bias_E)
 
 
-def balance(name: str, rate: float, steps: int, tokens: int = 512, experts: int = 16, top_k: int = 4) -> list[float]:
+def balance(
+    name: str, rate: float, steps: int, tokens: int = 512, experts: int = 16, top_k: int = 4, shape: str = "constant"
+) -> list[float]:
     """MaxVio before each update of a rule on scores that stay the same."""
+    schedule = RateSchedule(shape=shape)  # type: ignore[arg-type]
     torch.manual_seed(0)
     scores_NE = (torch.randn(tokens, experts) + torch.linspace(-1, 1, experts)).sigmoid()
     rule = RULES[name]
@@ -129,9 +151,13 @@ def balance(name: str, rate: float, steps: int, tokens: int = 512, experts: int 
         low, high = bias_E.min() - 1, bias_E.max() + 1
         thresholds_EQ = None
         if rule.needs_thresholds:
-            thresholds_EQ = threshold_histogram(scores_NE, bias_E, everyone, top_k=top_k, low=low, high=high)
+            thresholds_EQ = threshold_histogram(
+                scores_NE, bias_E, everyone, top_k=top_k, low=low, high=high, least_alpha=rule.least_alpha
+            )
         loads = Loads(counts_E, thresholds_EQ, low, high, top_k / experts)
-        bias_E, state = apply_rule(rule, loads, bias_E, state, n=n, rate=rate, options=RuleOptions())
+        bias_E, state = apply_rule(
+            rule, loads, bias_E, state, n=n, rate=rate * rate_factor(schedule, n - 1, steps), options=RuleOptions()
+        )
     return violations
 
 
@@ -146,11 +172,40 @@ def test_static_scores_get_balanced(name: str) -> None:
     assert sum(violations[-50:]) / 50 < (0.15 if name == "bip" else 0.06)
 
 
+@pytest.mark.parametrize("name", ["sign", "proportional", "smebu", "pid"])
+def test_balance_outlasts_a_rate_that_falls_to_zero(name: str) -> None:
+    violations = balance(name, RATES[name], 600, shape="cosine")
+    assert violations[0] > 0.8
+    assert sum(violations[-50:]) / 50 < 0.06
+
+
 def test_quantile_solves_in_a_few_steps_what_sign_walks_to() -> None:
     solved = balance("quantile", 0.0, 6)
     assert solved[0] > 0.8
     assert solved[5] < 0.15
     assert balance("sign", 2e-3, 6)[5] > 0.6
+
+
+def test_bip_has_a_floor() -> None:
+    """Prices of both kinds are at least 0, so no bias has a reason to be below minus the largest score."""
+    torch.manual_seed(0)
+    offsets_E, bias_E, violations, lowest = torch.randn(16), torch.zeros(16), [], []
+    rule = RULES["bip"]
+    for n in range(1, 1001):
+        scores_NE = (torch.randn(128, 16) + offsets_E).sigmoid()
+        counts_E = torch.bincount((scores_NE + bias_E).topk(2).indices.flatten(), minlength=16)
+        violations.append(max_violation(counts_E).item())
+        low, high = bias_E.min() - 1, bias_E.max() + 1
+        everyone = torch.ones(128, dtype=torch.bool)
+        histogram_EQ = threshold_histogram(
+            scores_NE, bias_E, everyone, top_k=2, low=low, high=high, least_alpha=rule.least_alpha
+        )
+        loads = Loads(counts_E, histogram_EQ, low, high, 2 / 16)
+        bias_E, _ = apply_rule(rule, loads, bias_E, {}, n=n, rate=0.0, options=RuleOptions())
+        lowest.append(bias_E.min().item())
+    assert min(lowest) >= -1.001
+    assert bias_E.max() <= 0
+    assert sum(violations[-100:]) < 1.2 * sum(violations[100:200]), "as balanced in the end as it soon was"
 
 
 def test_threshold_quantile_gives_each_expert_its_share() -> None:

@@ -152,6 +152,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(rule: Any) -> None:
     assert same_state(second, unbroken.state_dict())
 
 
+def test_pid_starts_from_the_biases_it_finds_and_counts_from_its_own_first_step() -> None:
+    model = tiny_model("glm4_moe").train()
+    before = BiasBalancer(model, rule="sign", rate=0.05)
+    for _ in range(8):
+        forward_and_backward(model)
+        before.step(applied=True)
+    found = {name: bias_E.clone() for name, bias_E in before.biases.items()}
+    assert max(bias_E.abs().max() for bias_E in found.values()) > 0.04
+    before.close()
+    balancer = BiasBalancer(model, rule="pid", rate=1e-3)
+    balancer.load_state_dict(before.state_dict())
+    assert balancer.state_dict()["updates"] == 0
+    forward_and_backward(model)
+    balancer.step(applied=True)
+    for name, bias_E in balancer.biases.items():
+        assert 0 < (bias_E - found[name]).abs().max() < 0.02
+
+
 def test_quantile_balances_at_once_and_refuses_what_it_cannot_solve() -> None:
     model = tiny_model("deepseek_v3").train()
     with torch.no_grad():
