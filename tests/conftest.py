@@ -1,7 +1,9 @@
 """What all tests share: a quiet single-threaded environment and one small prepared corpus."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere: small tensors on shared cores are fastest on one thread.
@@ -31,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[logging.Logger]:
+    """Our logger, which commands set up for their process; after each test it is again as it was."""
+    found = logging.getLogger("evenkeel")
+    handlers, level, propagate = found.handlers, found.level, found.propagate
+    yield found
+    for handler in set(found.handlers) - set(handlers):
+        handler.close()
+    found.handlers, found.level, found.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="session")

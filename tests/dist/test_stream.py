@@ -119,7 +119,7 @@ def test_the_audit_proves_what_was_trained(trained: Path, name: str, capsys: pyt
 
 
 def test_the_audit_finds_steps_that_were_trained_on_something_else(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(trained / "one", copy)
@@ -135,7 +135,8 @@ def test_the_audit_finds_steps_that_were_trained_on_something_else(
     state = copy / "checkpoints" / "step-00000012" / "state.json"
     state.write_text(state.read_text().replace("44", "45"))
     assert run_command(data_command.main, ["audit", str(copy)]) == 3
-    assert "does not have the hash in the manifest" in capsys.readouterr().err
+    assert "does not have the hash in the manifest" in caplog.text
+    assert "2 deviations" in capsys.readouterr().out, "judged by the checkpoint before"
 
 
 def test_a_run_whose_workers_are_killed_is_the_same_run(trained: Path, data_config: DataConfig) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,6 @@ from launch.report_sections._log import read_log
 from tests.harness import ROOT, tiny_config
 from trainer.data.config import DataConfig
 from trainer.metrics import JsonlLog
-
-
-@pytest.fixture
-def logger() -> Iterator[logging.Logger]:
-    found = logging.getLogger("evenkeel")
-    handlers, level, propagate = found.handlers, found.level, found.propagate
-    yield found
-    for handler in found.handlers:
-        handler.close()
-    found.handlers, found.level, found.propagate = handlers, level, propagate
 
 
 def test_the_log_rotates(tmp_path: Path, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
