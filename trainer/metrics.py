@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -192,32 +192,26 @@ def read_jsonl(path: Path) -> list[Row]:
 
 def iter_jsonl(path: Path) -> Iterator[Row]:
     """The same row by row, for files that are larger than memory."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name a run folder or its metrics.jsonl") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield _row(line)
-            except ValueError as error:
-                if line.endswith(b"\n"):
-                    raise ConfigError(f"{path}: line {number} {error}") from error
+    return _rows(path, lambda file: ((f"line {number}", line) for number, line in enumerate(file, start=1)))
 
 
 def newest_first(path: Path) -> Iterator[Row]:
     """The same from the end, a block at a time: what was measured last in a long run is found at once."""
+    return _rows(path, lambda file: (("a line", line) for line in _lines_backwards(file)))
+
+
+def _rows(path: Path, places_and_lines: Callable[[BinaryIO], Iterable[tuple[str, bytes]]]) -> Iterator[Row]:
     try:
         file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a run folder or its metrics.jsonl") from error
     with file:
-        for line in _lines_backwards(file):
+        for place, line in places_and_lines(file):
             try:
-                yield json.loads(line)
+                yield _row(line)
             except ValueError as error:
                 if line.endswith(b"\n"):
-                    raise ConfigError(f"{path}: a line is not JSON ({error}); remove it: {line[:60]!r}") from error
+                    raise ConfigError(f"{path}: {place} {error}") from error
 
 
 def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
